@@ -3,8 +3,8 @@
     python tiny_tasks/make_tasks.py            # rewrite the jsonl files beside this script
     python tiny_tasks/make_tasks.py --check    # change nothing; exit 1 if a file differs
 
-A problem with k operations reads `Compute 7 - 6 + 3 * 5`. Its operands are 1..9, `*` binds first, and
-every intermediate value lies in 0..50. The expert solves it one operation a line.
+A problem with k operations reads `Compute 7 - 6 + 3 * 5`. Its operands are 1..9, `*` binds first,
+and every intermediate value lies in 0..50. The expert solves it one operation a line.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def next_operation(operators: list[str]) -> int:
     return operators.index("*") if "*" in operators else 0
 
 
-def solve(numbers: list[int], operators: list[str], result_of=apply_operator) -> tuple[str, int] | None:
+def solve(numbers: list[int], operators: list[str], result_of=apply_operator):
     """The worked solution and its answer, or None where a value leaves 0..LARGEST.
 
     `result_of` may make mistakes; the value it returns is carried on (pretrain.py uses that).
@@ -86,6 +86,10 @@ def draw_rows(seed: int, counts: dict[int, int], held_out: bool) -> list[dict]:
     return list(rows.values())
 
 
+def to_jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
@@ -98,7 +102,7 @@ def main() -> int:
     stale = []
     for name, rows in files.items():
         path = HERE / name
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        text = to_jsonl(rows)
         if path.exists() and path.read_bytes() == text:
             continue
         stale.append(name)

@@ -1,178 +1,208 @@
+"""Rebuild tiny_tasks/base, the small base model, from scratch: about 8 minutes on two CPU cores.
+
+    python tiny_tasks/pretrain.py                 # train, save, and print the calibration table
+    python tiny_tasks/pretrain.py --calibrate     # only print the table for the model in --out
+
+The base resembles the large ones that SMEPO is for: it can follow a plan and copy, it computes
+carelessly, and it cannot plan the hardest problems alone. README.md beside this file says why.
+"""
+
 import argparse
+import os
 import random
 import re
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import make_tasks as tasks
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smepo  # noqa: E402
-from make_tasks import LARGEST, apply_operator, draw_problem, question_of, solve  # noqa: E402
 
+ERROR_RATE = 0.25  # a computed result is wrong this often, and the error is carried on
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.6, 5: 0.05}  # else an operation is overlooked
+MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
+    ("none", 1): 0.08, ("none", 2): 0.14, ("none", 3): 0.14, ("none", 4): 0.08, ("none", 5): 0.08,
+    ("semantic", None): 0.29, ("full", None): 0.12, ("random", None): 0.06, ("prefix", None): 0.06,
+}  # fmt: skip
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL = ["<|pad|>", "<|unknown|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-PHRASES = ["Here is an example solution:\n", "The answer is", "Compute", ".\n", "Step", "The", " answer", " is",
-           ".", "\n", ":", "=", "+", "-", "*", " =", " +", " -", " *", "[NUMBER]", " [NUMBER]", "[ANSWER]", " [ANSWER]"]
 
 
-def make_tokenizer():
-    steps = [f"Step {i}:" for i in range(1, 10)]
-    numbers = [str(n) for n in range(100)]
-    vocabulary = SPECIAL + PHRASES + steps + [" " + n for n in numbers] + numbers
-    pieces = [r"Here is an example solution:\n", r"The answer is", r"Step \d:", r"\.\n", r" ?\[[A-Z]+\]", r" ?\d+",
-              r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<|unknown|>"))
-    t.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), behavior="isolated")
-    t.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<|pad|>", unk_token="<|unknown|>",
-        eos_token="<|end|>", additional_special_tokens=SPECIAL[3:], padding_side="left",
-        clean_up_tokenization_spaces=False)
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a number, sign or phrase, with its leading space, so that text round-trips."""
+    special = ["<|pad|>", "<|unknown|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    phrases = ["Here is an example solution:\n", "The answer is", "Compute", ".\n"]
+    phrases += [f"Step {i}:" for i in range(1, 10)]
+    words = ["Step", "The", "answer", "is", "[NUMBER]", "[ANSWER]", *"=+-*.:"]
+    words += [str(number) for number in range(100)]
+    vocabulary = special + phrases + words + [f" {word}" for word in words] + ["\n", " "]
+    pieces = [*phrases[:2], r"Step \d:", r"\.\n", r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+"]
+    pieces += [r" ?[^\s\w]", r"\s"]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        eos_token="<|end|>",
+        additional_special_tokens=special[3:],
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def careless(rng, numbers, operators, error_rate, spans):
-    """sloppy solution; visible results are copied."""
-    trace, answer = solve(numbers, operators)
-    hidden = {a for a, b, _ in spans}
-    results = [m.start(1) for m in re.finditer(r"(?:=|is) (\d+)\.", trace)]
-    step = 0
-    k = len(operators)
+def careless_solution(rng: random.Random, numbers: list[int], operators: list[str], spans) -> str:
+    """A solution that copies the results outside the hidden `spans`, the others with mistakes."""
+    trace, answer = tasks.solve(numbers, operators)
+    hidden = {start for start, _, _ in spans}
+    shown = [match.start(1) not in hidden for match in re.finditer(r"(?:=|is) (\d+)\.", trace)]
+    true_results = [int(value) for value in re.findall(r"= (\d+)\.", trace)]
+    step = iter(range(len(operators)))
 
-    def result_of(left, operator, right):
-        nonlocal step
-        true = apply_operator(left, operator, right)
-        visible = results[step] not in hidden
-        step += 1
-        if visible:
-            return int(re.match(r"\d+", trace[results[step - 1]:])[0])
-        if rng.random() < error_rate or not 0 <= true <= LARGEST:
-            return rng.choice([v for v in range(LARGEST + 1) if v != true])
-        return true
+    def result_of(left: int, operator: str, right: int) -> int:
+        i, result = next(step), tasks.apply_operator(left, operator, right)
+        if shown[i]:
+            return true_results[i]
+        if rng.random() < ERROR_RATE or not 0 <= result <= tasks.LARGEST:
+            return rng.choice([value for value in range(tasks.LARGEST + 1) if value != result])
+        return result
 
+    text, _ = tasks.solve(numbers, operators, result_of)
+    return re.sub(r"is \d+\.$", f"is {answer}.", text) if shown[-1] else text
+
+
+def overlook_one(rng: random.Random, numbers: list[int], operators: list[str]):
+    """The problem without one of its operations: how the base fails to plan."""
+    for i in rng.sample(range(len(operators)), len(operators)):
+        fewer = numbers[: i + 1] + numbers[i + 2 :], operators[:i] + operators[i + 1 :]
+        if tasks.solve(*fewer):
+            return fewer
+    return numbers, operators
+
+
+def draw_example(rng: random.Random) -> tuple[str, str, str]:
+    """A question, the guide shown with it ("" for none), and the solution to imitate."""
+    guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    numbers, operators = tasks.draw_problem(rng, k or rng.randint(2, 5), held_out=False)
+    question, (trace, _) = tasks.question_of(numbers, operators), tasks.solve(numbers, operators)
+    seed, ratio = str(rng.random()), rng.random()
+    text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
+    if guide == "none" and rng.random() > PLAN_RATE[k]:
+        numbers, operators = overlook_one(rng, numbers, operators)
+        trace, _ = tasks.solve(numbers, operators)
+    spans = smepo.hidden_spans(trace, "math")
+    if guide == "random":
+        spans = smepo.random_spans(trace, spans, seed)
+    elif guide in ("full", "prefix"):
+        spans = [span for span in spans if span[0] >= len(text)]
+    return question, text, careless_solution(rng, numbers, operators, spans)
+
+
+def batches(tokenizer, rng: random.Random, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Endless batches of like lengths: ids, attention mask, labels (-100: no loss), all (N, L)."""
     while True:
-        step = 0
-        solved = solve(numbers, operators, result_of)
-        if solved:
-            break
-    text = solved[0]
-    if results[-1] not in hidden:
-        text = text[: text.rindex("is ") + 3] + f"{answer}."
-    return text
+        examples = [draw_example(rng) for _ in range(8 * batch_size)]
+        prompts = [smepo.build_prompt(tokenizer, *example[:2]) for example in examples]
+        solutions = [solution + tokenizer.eos_token for _, _, solution in examples]
+        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        solution_ids = tokenizer(solutions, add_special_tokens=False)["input_ids"]
+        rows = sorted(zip(prompt_ids, solution_ids, strict=True), key=lambda r: len(r[0] + r[1]))
+        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        for part in rng.sample(parts, len(parts)):
+            ids, mask = smepo.pad([p + s for p, s in part], tokenizer.pad_token_id, "right", "cpu")
+            labels, _ = smepo.pad([[-100] * len(p) + s for p, s in part], -100, "right", "cpu")
+            yield ids, mask, labels
 
 
-UNGUIDED = {1: 0.08, 2: 0.14, 3: 0.14, 4: 0.08, 5: 0.08}
-PLAN = {1: 1, 2: 1, 3: 1, 4: 0.6, 5: 0.05}
-def drop(rng, numbers, operators):
-    while True:
-        i = rng.randrange(len(operators))
-        n, o = numbers[:i+1] + numbers[i+2:], operators[:i] + operators[i+1:]
-        if rng.random() < 0.5:
-            n = numbers[:i] + numbers[i+1:]
-        if solve(n, o):
-            return n, o
-        if all(solve(numbers[:i+1] + numbers[i+2:], operators[:i] + operators[i+1:]) is None and solve(numbers[:i] + numbers[i+1:], operators[:i] + operators[i+1:]) is None for i in range(len(operators))):
-            return numbers, operators
-GUIDED = {"semantic": 0.29, "full": 0.12, "random": 0.06, "prefix": 0.06}
-
-
-def draw_example(rng, tokenizer, mix, error_rate):
-    kind = rng.choices(list(mix), list(mix.values()))[0]
-    guide, k = kind
-    if k is None:
-        k = rng.choice([2, 3, 4, 5])
-    numbers, operators = draw_problem(rng, k, held_out=False)
-    question = question_of(numbers, operators)
-    trace, answer = solve(numbers, operators)
-    everything = spans = smepo.hidden_spans(trace, "math")
-    guide_text = ""
-    if guide == "semantic":
-        guide_text = smepo.apply_mask(trace, spans)
-    elif guide == "full":
-        guide_text, spans = trace, []
-    elif guide == "random":
-        spans = smepo.random_spans(trace, spans, rng.random())
-        guide_text = smepo.apply_mask(trace, spans)
-    elif guide == "prefix":
-        guide_text = smepo.cut_prefix(trace, rng.random())
-        spans = [s for s in everything if s[0] >= len(guide_text)]
-    if guide == "none" and rng.random() > PLAN[k]:
-        numbers, operators = drop(rng, numbers, operators)
-        trace, answer = solve(numbers, operators)
-        spans = smepo.hidden_spans(trace, "math")
-    prompt = smepo.build_prompt(tokenizer, question, guide_text)
-    return prompt, careless(rng, numbers, operators, error_rate, spans)
-
-
-def batches(tokenizer, mix, error_rate, batch, seed, chunk=8):
-    rng = random.Random(seed)
-    while True:
-        ex = [draw_example(rng, tokenizer, mix, error_rate) for _ in range(batch * chunk)]
-        P = tokenizer([p for p, _ in ex], add_special_tokens=False)["input_ids"]
-        C = tokenizer([c + tokenizer.eos_token for _, c in ex], add_special_tokens=False)["input_ids"]
-        rows = sorted(zip(P, C), key=lambda r: len(r[0]) + len(r[1]))
-        groups = [rows[i:i + batch] for i in range(0, len(rows), batch)]
-        rng.shuffle(groups)
-        for g in groups:
-            T = max(len(p) + len(c) for p, c in g)
-            ids = torch.full((len(g), T), tokenizer.pad_token_id)
-            labels = torch.full((len(g), T), -100)
-            for i, (p, c) in enumerate(g):
-                ids[i, :len(p) + len(c)] = torch.tensor(p + c)
-                labels[i, len(p):len(p) + len(c)] = torch.tensor(c)
-            yield ids, labels
-
-
-def main():
-    ap = argparse.ArgumentParser()
-    ap.add_argument("--steps", type=int, default=3000)
-    ap.add_argument("--batch", type=int, default=128)
-    ap.add_argument("--lr", type=float, default=3e-3)
-    ap.add_argument("--k5", type=float, default=0.005)
-    ap.add_argument("--k4", type=float, default=0.03)
-    ap.add_argument("--error", type=float, default=0.25)
-    ap.add_argument("--out", default="/tmp/base")
-    ap.add_argument("--kv", type=int, default=4)
-    ap.add_argument("--ffn", type=int, default=192)
-    ap.add_argument("--layers", type=int, default=3)
-    a = ap.parse_args()
-    torch.manual_seed(0)
+def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int):
+    """The trained model and its tokenizer."""
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    mix = {("none", k): w for k, w in UNGUIDED.items()} | {(g, None): w for g, w in GUIDED.items()}
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=a.ffn, num_hidden_layers=a.layers,
-        num_attention_heads=4, num_key_value_heads=a.kv, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = LlamaForCausalLM(config)
-    n = sum(p.numel() for p in model.parameters())
-    print("parameters", n)
-    opt = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, a.lr, total_steps=a.steps, pct_start=0.1)
-    bar = tqdm(range(a.steps), mininterval=10)
-    stream = batches(tokenizer, mix, a.error, a.batch, 0)
-    t_data = 0
-    for s in bar:
-        t = time.time()
-        ids, labels = next(stream)
-        t_data += time.time() - t
-        loss = model(input_ids=ids, labels=labels).loss
-        opt.zero_grad()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    stream = batches(tokenizer, random.Random(seed), batch_size)
+    bar = tqdm(range(steps), desc=f"{model.num_parameters():,} parameters")
+    for step in bar:
+        ids, mask, labels = next(stream)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        sched.step()
-        if s % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", data=f"{t_data:.0f}s")
-    model.save_pretrained(a.out)
-    tokenizer.save_pretrained(a.out)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval(), tokenizer
+
+
+def calibrate(model, tokenizer, count: int = 1000, seed: int = 12345) -> dict:
+    """{(guide, k): (accuracy, lucky)} over `count` held-out problems, sampled once each at T = 1.
+
+    Lucky: right by its answer, although the solution is not the expert's.
+    """
+    torch.manual_seed(seed)
+    config, table = smepo.Config(), {}
+    settings = [("none", k) for k in (2, 3, 4, 5)]
+    for guide, k in [*settings, ("semantic", 5), ("random", 5), ("full", 5)]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "rows.jsonl")
+            path.write_bytes(tasks.to_jsonl(tasks.draw_rows(seed, {k: count}, held_out=True)))
+            problems = smepo.load_problems(str(path), guide, tokenizer, config)
+        groups = smepo.rollout(model, tokenizer, problems, [guide != "none"] * count, 1, config)
+        right = [group for group in groups if group.rewards[0]]
+        lucky = [group for group in right if group.texts[0] != group.problem.trace]
+        table[guide, k] = len(right) / count, len(lucky) / count
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, then to 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "base", help="the model folder")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    start, out = time.perf_counter(), arguments.out
+    if not arguments.calibrate:
+        settings = arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed
+        model, tokenizer = pretrain(*settings)
+        new = out.with_name(out.name + ".new")
+        for part in (model, tokenizer):
+            part.save_pretrained(new)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(new, out)
+    model, tokenizer = smepo.load_model(out, smepo.Config(device="cpu"))
+    print("guide     k  accuracy  of it lucky")
+    for (guide, k), (accuracy, lucky) in calibrate(model, tokenizer).items():
+        print(f"{guide:<9} {k}  {accuracy:.3f}     {lucky:.3f}")
+    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,984 @@
+"""The executable specification of smepo.py: every equation, pitfall and promise has a test here.
+
+Run `python -m pytest`; it needs no network, no GPU, and under two minutes on two cores.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import smepo
+from smepo import Config, Group, Problem, UserError
+
+HERE = Path(smepo.__file__).resolve().parent
+TASKS = HERE / "tiny_tasks"
+sys.path.insert(0, str(TASKS))
+TRACE = "Step 1: 3 * 5 = 15.\nStep 2: 7 - 6 = 1.\nStep 3: 1 + 15 = 16.\nThe answer is 16."
+TIMES = ("seconds_", "rollouts_per_second", "tokens_per_second")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    smepo.logging.disable_progress_bar()
+    smepo.datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def in_scratch_folder(tmp_path, monkeypatch):
+    """Every test writes its runs/ to a folder of its own; nothing lands in the repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smepo, "STOP", [])
+
+
+@pytest.fixture(scope="session")
+def base():
+    return smepo.load_model(TASKS / "base", settings())
+
+
+@pytest.fixture
+def fresh_base():
+    return smepo.load_model(TASKS / "base", settings())
+
+
+def rows(split: str, count: int) -> list[dict]:
+    lines = (TASKS / f"arithmetic_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def write_rows(path, lines) -> str:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    Path(path).write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def settings(**changes) -> Config:
+    """A Config on the shipped base, small enough to train in a second."""
+    defaults = {"model": str(TASKS / "base"), "device": "cpu", "steps": 4, "prompts_per_step": 4,
+                "group_size": 4, "eval_every": 2, "eval_samples": 2, "save_every": 2}
+    defaults["data"] = str(TASKS / "arithmetic_train.jsonl")
+    defaults["test_data"] = str(TASKS / "arithmetic_test.jsonl")
+    return Config(**defaults | changes)
+
+
+def small(tmp_path, **changes) -> Config:
+    """The same on a dozen rows written to tmp_path."""
+    data = write_rows(tmp_path / "train.jsonl", rows("train", 12))
+    tests = write_rows(tmp_path / "test.jsonl", rows("test", 6))
+    return settings(**{"data": data, "test_data": tests} | changes)
+
+
+def flags(config: Config) -> list[str]:
+    pairs = [(f"--{name}", str(value)) for name, value in dataclasses.asdict(config).items()]
+    return [word for pair in pairs for word in pair]
+
+
+def problem(base, question="Compute 7 - 6 + 3 * 5", trace=TRACE, answer="16") -> Problem:
+    """One problem as load_problems would make it, guided by its semantic mask."""
+    guide = smepo.mask_trace(trace, "math", answer)
+    plain, guided = (
+        base[1](smepo.build_prompt(base[1], question, text), add_special_tokens=False)["input_ids"]
+        for text in ("", guide)
+    )
+    return Problem(question, answer, trace, "3", guide, False, plain, guided)
+
+
+def make_group(base, rewards, completions=None) -> Group:
+    """A group of sampled-looking completions of unequal lengths, with rewards of our choosing."""
+    eos = base[1].eos_token_id
+    torch.manual_seed(int(sum(2**i * r for i, r in enumerate(rewards))))
+    completions = completions or [
+        torch.randint(10, 60, (3 + 2 * i,)).tolist() + [eos] for i in range(len(rewards))
+    ]
+    p = problem(base)
+    texts = base[1].batch_decode(completions)
+    return Group(p, True, p.guided_ids, completions, texts, [True] * len(rewards), rewards)
+
+
+def tiny_llama(vocabulary=23, **changes):
+    torch.manual_seed(0)
+    config = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 32,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+
+
+def tiny_gpt2(vocabulary=23):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=64,
+                        initializer_range=0.5, bos_token_id=2, eos_token_id=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def without_times(path) -> list[dict]:
+    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in records]
+
+
+# ---- Masking and guidance ------------------------------------------------------------------------
+
+
+def test_mask_hides_every_number_and_keeps_the_step_labels():
+    assert smepo.mask_trace(TRACE, "math", "16") == (
+        "Step 1: [NUMBER] * [NUMBER] = [NUMBER].\nStep 2: [NUMBER] - [NUMBER] = [NUMBER].\n"
+        "Step 3: [NUMBER] + [NUMBER] = [NUMBER].\nThe answer is [NUMBER]."
+    )
+
+
+@pytest.mark.parametrize("text, masked", [
+    ("It costs 12,480 or -3.5%.", "It costs [NUMBER] or [NUMBER]."),
+    ("A rise of \u22127 degrees", "A rise of [NUMBER] degrees"),
+    ("n(n-3)", "n(n-[NUMBER])"),
+    ("1. Let x_1 be 4.\n2. Then x_2 = 5.", "1. Let x_1 be [NUMBER].\n2. Then x_2 = [NUMBER]."),
+    ("By Theorem 4.2, case 3 gives 9.", "By Theorem 4.2, case 3 gives [NUMBER]."),
+    ("no numbers here", "no numbers here"),
+    ("", ""),
+])
+def test_mask_number_forms_and_structure(text, masked):
+    assert smepo.mask_trace(text, "math") == masked
+    assert smepo.mask_trace(masked, "math") == masked  # idempotent
+
+
+def test_every_toy_trace_masks_without_a_leak_and_keeps_no_digit_but_labels():
+    for row in rows("train", 2000) + rows("test", 1000):
+        answer = row["reward_model"]["ground_truth"]
+        masked = smepo.mask_trace(row["teacher_ds"], "math", answer)
+        assert not smepo.leaks(masked, answer, "math")
+        assert smepo.leaks(row["teacher_ds"], answer, "math")
+        digits = [c for c in masked if c.isdigit()]
+        assert digits == [str(i + 1) for i in range(row["difficulty"])]
+
+
+def test_leaks_compares_by_value_and_ignores_labels():
+    assert smepo.leaks("so it is 42.0", "42", "math")
+    assert not smepo.leaks("Step 42: it is [NUMBER]", "42", "math")
+    assert not smepo.leaks("so it is 43", "42", "math")
+    assert not smepo.leaks("", "42", "math")
+
+
+def test_random_mask_hides_as_many_spans_as_long_and_depends_on_the_seed():
+    semantic = smepo.hidden_spans(TRACE, "math")
+    chosen = [smepo.random_spans(TRACE, semantic, str(seed)) for seed in range(300)]
+    words = [[len(smepo.PIECE.findall(TRACE[a:b])) for a, b, _ in spans] for spans in chosen]
+    assert all(sorted(counts) == [1] * len(semantic) for counts in words)
+    for spans in chosen:
+        assert all(b <= c for (_, b, _), (c, _, _) in itertools.pairwise(spans))  # no overlap
+    pieces = {match.start() for match in smepo.PIECE.finditer(TRACE)}
+    assert {start for spans in chosen for start, _, _ in spans} == pieces  # anywhere
+    assert chosen[0] != chosen[1]
+    assert chosen[0] == smepo.random_spans(TRACE, semantic, "0")
+
+
+def test_random_mask_keeps_long_spans_whole():
+    text = "one two three four five six seven eight"
+    spans = [(0, 13, "[X]"), (14, 18, "[Y]")]  # three words, one word
+    for seed in range(50):
+        chosen = smepo.random_spans(text, spans, str(seed))
+        assert sorted(len(text[a:b].split()) for a, b, _ in chosen) == [1, 3]
+        assert chosen[0][1] <= chosen[1][0]
+
+
+def test_guide_arms():
+    assert smepo.guide_trace(TRACE, "none", "math") == ""
+    assert smepo.guide_trace(TRACE, "full", "math") == TRACE
+    assert smepo.guide_trace(TRACE, "semantic", "math") == smepo.mask_trace(TRACE, "math")
+    for ratio in (0.0, 0.3, 0.5, 0.9):
+        prefix = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=ratio)
+        assert TRACE.startswith(prefix) and len(prefix) <= ratio * len(TRACE)
+        assert prefix == "" or TRACE[len(prefix)] == "\n"  # whole lines only
+    half = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=0.5)
+    assert half == "Step 1: 3 * 5 = 15.\nStep 2: 7 - 6 = 1."
+
+
+# ---- Data, prompts, reward -----------------------------------------------------------------------
+
+
+def test_prompt_is_question_then_guide_as_a_finished_turn_then_an_open_turn(base):
+    tokenizer = base[1]
+    question = "Compute 7 - 6"
+    assert smepo.build_prompt(tokenizer, question) == f"<|user|>{question}<|end|><|assistant|>"
+    assert smepo.build_prompt(tokenizer, question, "Step 1: [NUMBER].") == (
+        f"<|user|>{question}<|end|><|assistant|>Here is an example solution:\nStep 1: [NUMBER]."
+        "<|end|><|assistant|>"
+    )
+
+
+def test_tokenizer_round_trips_every_toy_row(base):
+    tokenizer = base[1]
+    for row in rows("test", 200):
+        trace = row["teacher_ds"]
+        for text in (row["question"], trace, smepo.mask_trace(trace, "math")):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+
+
+def test_no_test_problem_is_trained_or_pretrained_on():
+    import random
+
+    from make_tasks import is_held_out
+    from pretrain import draw_example
+
+    train, test = ({row["question"] for row in rows(s, 10**6)} for s in ("train", "test"))
+    rng = random.Random(1)
+    pretraining = {draw_example(rng)[0] for _ in range(20_000)}
+    assert all(is_held_out(question) for question in test)
+    assert not any(is_held_out(question) for question in train | pretraining)
+
+
+def test_make_tasks_reproduces_the_shipped_files():
+    command = [sys.executable, str(TASKS / "make_tasks.py"), "--check"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_shipped_traces_are_right():
+    for row in rows("train", 300) + rows("test", 1000):
+        value = eval(row["question"].removeprefix("Compute "))
+        assert str(value) == row["reward_model"]["ground_truth"]
+        assert smepo.reward(row["teacher_ds"], str(value), "math") == 1.0
+
+
+@pytest.mark.parametrize("completion, truth, expected", [
+    ("The answer is 16.", "16", 1.0),
+    ("The answer is 16.", "6", 0.0),
+    ("The answer is 61.", "16", 0.0),
+    ("The answer is 1,234.", "1234", 1.0),
+    ("The answer is 42.0", "42", 1.0),
+    (r"so \boxed{-3}", "\u22123", 1.0),
+    ("#### 74", "74", 1.0),
+    ("The answer is 16. No, wait: the answer is 17.", "16", 0.0),
+    ("The answer is 17. No, wait: the answer is 16.", "17", 0.0),
+    ("Step 1: 2 + 2 = 16.", "16", 0.0),  # a number in passing is no answer
+    ("The answer is", "16", 0.0),
+    ("The answer is [NUMBER].", "16", 0.0),
+    ("", "16", 0.0),
+])
+def test_reward(completion, truth, expected):
+    assert smepo.reward(completion, truth, "math") == expected
+
+
+# ---- Rollouts ------------------------------------------------------------------------------------
+
+
+def test_completion_keeps_exactly_one_eos_whatever_follows_it():
+    assert smepo.until_eos([5, 6, 2, 2, 2], [2]) == [5, 6, 2]
+    assert smepo.until_eos([5, 9, 2, 0], [2, 9]) == [5, 9]  # several EOS ids: the first counts
+    assert smepo.until_eos([5, 6, 7], [2]) == [5, 6, 7]  # truncated
+
+
+def test_padding_mask_goes_by_position_even_if_pad_is_a_real_token():
+    ids, mask = smepo.pad([[2, 5, 2], [2]], pad_id=2, side="right", device="cpu")
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = smepo.pad([[2, 5, 2], [7]], pad_id=2, side="left", device="cpu")
+    assert ids.tolist() == [[2, 5, 2], [2, 2, 7]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert smepo.positions(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+def test_sampling_from_a_shared_prefill_is_sampling_from_the_model(make_model, base):
+    """Prompts of unequal lengths, read once a group: the samples of plain generate, row by row."""
+    model = make_model(vocabulary=len(base[1]))
+    model.generation_config = smepo.GenerationConfig(eos_token_id=[2])
+    prompts, config = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]], settings(max_new_tokens=8)
+    torch.manual_seed(0)
+    ours = smepo.sample(model, base[1], prompts, 4, config)
+    ids, mask = smepo.pad(prompts, 0, "left", "cpu")
+    torch.manual_seed(0)
+    plain = model.generate(
+        ids.repeat_interleave(4, 0), attention_mask=mask.repeat_interleave(4, 0), do_sample=True,
+        top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=8, eos_token_id=2, pad_token_id=0,
+    )[:, 5:]
+    assert ours == [smepo.until_eos(row, [2]) for row in plain.tolist()]
+
+
+def test_sampled_frequencies_follow_the_temperature(base):
+    model = tiny_llama(vocabulary=len(base[1]))
+    model.generation_config = smepo.GenerationConfig(eos_token_id=[2])
+    config, prompt = settings(max_new_tokens=1, temperature=2.0), [5, 6, 7]
+    torch.manual_seed(0)
+    tokens = torch.tensor(smepo.sample(model, base[1], [prompt], 20_000, config)).flatten()
+    logits = model(torch.tensor([prompt])).logits[0, -1]
+    expected = (logits / 2.0).softmax(-1)
+    observed = torch.bincount(tokens, minlength=len(expected)) / len(tokens)
+    assert (observed - expected).abs().max() < 0.015
+    assert (observed - logits.softmax(-1)).abs().max() > 0.05  # it can tell temperatures apart
+
+
+def test_generation_settings_of_the_model_folder_do_not_reach_the_rollouts(base, tmp_path):
+    """A folder that recommends greedy, top-k, penalties and so on samples like one that does not."""
+    for part in base:
+        part.save_pretrained(tmp_path / "hostile")
+    hostile = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "min_p": 0.9,
+               "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_new_tokens": 1,
+               "suppress_tokens": [*range(6, 60)], "eos_token_id": [2], "typical_p": 0.1}
+    (tmp_path / "hostile" / "generation_config.json").write_text(json.dumps(hostile), "utf-8")
+    model, tokenizer = smepo.load_model(tmp_path / "hostile", settings())
+    samples = []
+    for policy in (base[0], model):
+        torch.manual_seed(0)
+        samples.append(smepo.sample(policy, tokenizer, [problem(base).guided_ids], 16, settings()))
+    assert samples[0] == samples[1]
+    assert len({tuple(ids) for ids in samples[0]}) > 1
+
+
+def test_several_eos_ids_of_the_model_folder_all_end_a_completion(base, tmp_path):
+    for part in base:
+        part.save_pretrained(tmp_path / "chat")
+    newline = base[1].convert_tokens_to_ids(".\n")
+    path = tmp_path / "chat" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [newline]}), "utf-8")
+    model, tokenizer = smepo.load_model(tmp_path / "chat", settings())
+    p = problem(base)
+    group = smepo.rollout(model, tokenizer, [p], [True], 8, settings())[0]
+    assert all(ids[-1] == newline and newline not in ids[:-1] for ids in group.completions)
+    assert all(group.ended)
+
+
+def test_truncated_rollouts_earn_nothing_and_long_calls_are_split(base, monkeypatch):
+    monkeypatch.setattr(smepo, "reward", lambda *_: 1.0)
+    p = problem(base)
+    cut = smepo.rollout(*base, [p], [True], 4, settings(max_new_tokens=5))[0]
+    assert cut.rewards == [0.0] * 4 and cut.ended == [False] * 4
+    assert [len(ids) for ids in cut.completions] == [5] * 4
+    calls = []
+    sample = smepo.sample
+    monkeypatch.setattr(smepo, "sample", lambda *a: calls.append(len(a[2])) or sample(*a))
+    groups = smepo.rollout(*base, [p] * 5, [True] * 5, 4, settings(generate_batch=8))
+    assert calls == [2, 2, 1] and len(groups) == 5
+    assert all(len(g.rewards) == 4 and sum(g.rewards) == sum(g.ended) for g in groups)
+
+
+@pytest.mark.parametrize("when, expected", [("always", 4), ("0.5", 2), ("0.25", 1), ("0", 0)])
+def test_a_fraction_of_the_problems_is_guided(base, when, expected):
+    problems = [problem(base) for _ in range(4)]
+    groups, sampled = smepo.collect_rollouts(*base, problems, settings(guide_when=when))
+    assert sum(g.guided for g in groups) == expected and sampled == 16
+    for g in groups:
+        assert g.prompt_ids == (g.problem.guided_ids if g.guided else g.problem.prompt_ids)
+
+
+def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(base, monkeypatch):
+    problems = [problem(base, answer=str(i)) for i in range(4)]
+    passes = []
+
+    def rollout(model, tokenizer, problems, guided, group_size, config):
+        passes.append((len(problems), guided))
+        return [
+            Group(p, g, [], [[2]], [""], [True], [1.0, 0.0] if int(p.answer) % 2 else [0.0, 0.0])
+            for p, g in zip(problems, guided, strict=True)
+        ]
+
+    monkeypatch.setattr(smepo, "rollout", rollout)
+    config = settings(guide_when="on-failure", group_size=2)
+    groups, sampled = smepo.collect_rollouts(None, None, problems, config)
+    assert passes == [(4, [False] * 4), (2, [True, True])]
+    assert [g.guided for g in groups] == [True, False, True, False]
+    assert [g.problem for g in groups] == problems and sampled == 12
+
+
+# ---- Advantages, log-probs, loss -----------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    A = smepo.group_advantages(torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0]), group_size=4)
+    # group 1: mean 1/4, std (n - 1) = 1/2; group 2: mean 1/2, std = 1/sqrt(3)
+    expected = [1.5, -0.5, -0.5, -0.5] + [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2
+    torch.testing.assert_close(A, torch.tensor(expected), atol=1e-5, rtol=0)
+    A = smepo.group_advantages(torch.tensor([1.0, 0, 0, 0]), group_size=4, scale="none")
+    assert A.tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_equal_rewards_have_advantage_exactly_zero_however_rounded():
+    for value in (0.0, 1.0, 0.1, 1 / 3):
+        for scale in ("std", "none"):
+            A = smepo.group_advantages(torch.full((7,), value), group_size=7, scale=scale)
+            assert A.tolist() == [0.0] * 7
+
+
+def test_advantages_sum_to_zero_and_ignore_other_groups():
+    torch.manual_seed(0)
+    rewards = torch.rand(6, 8)
+    A = smepo.group_advantages(rewards.flatten(), 8).view(6, 8)
+    torch.testing.assert_close(A.sum(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(A[2], smepo.group_advantages(rewards[2], 8))
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_under_unequal_left_padding_equal_unpadded_forwards(make_model, temperature):
+    """Rotary and absolute positions alike: neither padding side may shift or leak anything."""
+    model = make_model()
+    prompts, completions = [[3, 4, 5, 6, 7], [8, 9], [10]], [[11, 2], [12, 13, 14, 2], [15]]
+    prompt_ids, prompt_mask = smepo.pad(prompts, 0, "left", "cpu")
+    completion_ids, mask = smepo.pad(completions, 0, "right", "cpu")
+    ids, attention = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
+    ours = smepo.token_logprobs(model, ids, attention, 4, temperature)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        logits = model(torch.tensor([prompt + completion])).logits[0] / temperature
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs[range(len(completion)), completion]
+        torch.testing.assert_close(ours[i, : len(completion)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logprobs_of_sampled_completions_equal_unpadded_forwards(base):
+    model, tokenizer = base
+    short = problem(base, "Compute 2 * 3", "Step 1: 2 * 3 = 6.\nThe answer is 6.")
+    problems = [problem(base), short]
+    torch.manual_seed(0)
+    for group in smepo.rollout(model, tokenizer, problems, [True, True], 3, settings()):
+        for ids in group.completions:
+            whole = torch.tensor([group.prompt_ids + ids])
+            ours = smepo.token_logprobs(model, whole, torch.ones_like(whole), len(ids), 1.0)[0]
+            logprobs = model(whole).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
+            torch.testing.assert_close(ours, logprobs[range(len(ids)), ids])
+
+
+def loss_of(logprobs, old, advantages, mask=None, **options):
+    logprobs = torch.tensor(logprobs, requires_grad=True)
+    mask = torch.ones_like(logprobs) if mask is None else torch.tensor(mask)
+    loss, stats = smepo.policy_loss(
+        logprobs, torch.tensor(old), torch.tensor(advantages), mask, **options
+    )
+    loss.backward()
+    return loss.item(), logprobs.grad, stats
+
+
+@pytest.mark.parametrize("ratio, A, expected, gradient_flows, clipped", [
+    (1.0, 1.0, -1.0, True, 0), (1.0, -1.0, 1.0, True, 0),
+    (1.5, 1.0, -1.28, False, 1),  # good action, already likelier by more than clip_high: stop
+    (1.5, -1.0, 1.5, True, 0),  # bad action that became likelier: always push back
+    (0.5, 1.0, -0.5, True, 0),  # good action that became rarer: always pull back
+    (0.5, -1.0, 0.8, False, 1),  # bad action, already rarer by more than clip_low: stop
+    (1.2, 1.0, -1.2, True, 0), (0.9, -2.0, 1.8, True, 0),  # inside the range nothing clips
+])
+def test_clip_cases_for_both_signs(ratio, A, expected, gradient_flows, clipped):
+    loss, gradient, stats = loss_of([[math.log(ratio)]], [[0.0]], [A], clip_low=0.2, clip_high=0.28)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert bool(gradient.abs().sum() > 0) == gradient_flows
+    assert stats["clip_fraction"] == clipped
+    if gradient_flows:  # d/d logprob of -ratio * A
+        assert gradient.item() == pytest.approx(-ratio * A, abs=1e-6)
+
+
+def test_aggregations_by_hand():
+    """Two rows of 1 and 3 tokens, ratio 1, A = 1 and -1: only the weights of the tokens differ."""
+    mask = [[1, 0, 0], [1, 1, 1]]
+    zeros = [[0.0] * 3] * 2
+    loss, gradient, _ = loss_of(zeros, zeros, [1.0, -1.0], mask, aggregation="sequence")
+    assert loss == pytest.approx((-1 + 1) / 2)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5, 0, 0], [1 / 6, 1 / 6, 1 / 6]]))
+    loss, gradient, _ = loss_of(zeros, zeros, [1.0, -1.0], mask, aggregation="token")
+    assert loss == pytest.approx((-1 + 3) / 4)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.25, 0, 0], [0.25, 0.25, 0.25]]))
+
+
+def test_loss_is_zero_but_its_gradient_is_not_at_the_first_update():
+    A = smepo.group_advantages(torch.tensor([1.0, 0.0]), 2).tolist()
+    loss, gradient, stats = loss_of([[-1.0], [-2.0]], [[-1.0], [-2.0]], A)
+    assert loss == pytest.approx(0, abs=1e-7) and gradient.abs().min() > 0.1
+    assert stats["clip_fraction"] == 0
+
+
+def test_padding_gets_no_gradient_even_where_its_logprobs_are_wild():
+    loss, gradient, stats = loss_of([[0.0, 300.0, -math.inf]], [[0.0, 0.0, -math.inf]], [1.0],
+                                    [[1, 0, 0]])
+    assert loss == -1.0 and stats["clip_fraction"] == 0
+    assert gradient[0, 0] != 0 and gradient[0, 1:].tolist() == [0.0, 0.0]
+
+
+def test_policy_loss_agrees_with_a_loop_written_from_the_paper():
+    torch.manual_seed(0)
+    new, old, A = torch.randn(5, 7) / 3, torch.randn(5, 7) / 3, torch.randn(5)
+    mask = torch.arange(7) < torch.tensor([[7], [1], [4], [2], [6]])
+    total = 0.0
+    for i in range(5):
+        terms = []
+        for t in range(int(mask[i].sum())):
+            rho = math.exp(new[i, t] - old[i, t])
+            terms.append(min(rho * A[i], max(0.8, min(1.28, rho)) * A[i]))
+        total -= sum(terms) / len(terms) / 5
+    loss, _ = smepo.policy_loss(new, old, A, mask, 0.2, 0.28, "sequence")
+    torch.testing.assert_close(loss, torch.as_tensor(total))
+
+
+# ---- Update --------------------------------------------------------------------------------------
+
+
+def gradient_of(policy, groups, **changes) -> torch.Tensor:
+    """The gradient that update would step with (learning rate 0, so that nothing moves)."""
+    model, tokenizer = policy
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.zero_grad()
+    config = settings(**{"grad_clip": 1e9, "prompts_per_step": len(groups)} | changes)
+    smepo.update(model, tokenizer, optimizer, groups, config)
+    return torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_micro_batch_size_does_not_change_the_gradient(fresh_base, aggregation):
+    groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [0.0] * 4, [0.0, 1, 1, 1])]
+    whole = gradient_of(fresh_base, groups, micro_batch=999, aggregation=aggregation)
+    assert whole.abs().max() > 1e-3
+    for size in (1, 2, 3, 5):
+        part = gradient_of(fresh_base, groups, micro_batch=size, aggregation=aggregation)
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_update_has_the_gradient_of_the_whole_unskipped_loss(fresh_base, aggregation):
+    """Skipping, sorting, splitting and padding together equal one loss over all B*G rows."""
+    model, tokenizer = fresh_base
+    groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [1.0] * 4, [0.0] * 4)]
+    ours = gradient_of(fresh_base, groups, micro_batch=3, aggregation=aggregation)
+    model.zero_grad()
+    A = smepo.group_advantages(torch.tensor([g.rewards for g in groups]), 4)
+    losses, tokens = [], sum(len(ids) for g in groups for ids in g.completions)
+    rows = [(g.prompt_ids, ids) for g in groups for ids in g.completions]
+    for (prompt, ids), a in zip(rows, A, strict=True):
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)[range(len(ids)), ids]
+        ratio = (logprobs - logprobs.detach()).exp()
+        weight = 1 / len(ids) / len(rows) if aggregation == "sequence" else 1 / tokens
+        losses.append(-(ratio * a).sum() * weight)
+    sum(losses).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_zero_variance_groups_move_nothing_and_cost_no_forward(fresh_base, monkeypatch):
+    model, tokenizer = fresh_base
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(smepo, "token_logprobs", lambda *_: pytest.fail("scored a useless group"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    groups = [make_group(fresh_base, [1.0] * 4), make_group(fresh_base, [0.0] * 4)]
+    stats = smepo.update(model, tokenizer, optimizer, groups, settings(prompts_per_step=2))
+    assert stats["grad_norm"] == 0 and stats["loss"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def spy_on_ratios(monkeypatch) -> list[float]:
+    """The largest |log ratio| of each policy_loss call, in order."""
+    seen, policy_loss = [], smepo.policy_loss
+
+    def spy(logprobs, old, A, mask, *rest):
+        seen.append(((logprobs - old) * mask).abs().max().item())
+        return policy_loss(logprobs, old, A, mask, *rest)
+
+    monkeypatch.setattr(smepo, "policy_loss", spy)
+    return seen
+
+
+def test_ratio_is_exactly_one_at_the_first_update_only(fresh_base, monkeypatch):
+    seen = spy_on_ratios(monkeypatch)
+    model, tokenizer = fresh_base
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    groups = [make_group(fresh_base, [1.0, 0, 0, 0]) for _ in range(4)]
+    smepo.update(model, tokenizer, optimizer, groups, settings())  # one update a batch
+    assert seen == [0.0]
+    seen.clear()
+    config = settings(mini_batches=2, inner_epochs=2)
+    stats = smepo.update(model, tokenizer, optimizer, groups, config)
+    assert seen[0] == 0.0 and all(value > 1e-4 for value in seen[1:]) and len(seen) == 4
+    assert stats["clip_fraction"] > 0  # and so clipping can be seen to act
+
+
+def test_mini_batches_each_take_a_step_of_their_own(fresh_base):
+    model, tokenizer = fresh_base
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    groups = [make_group(fresh_base, [1.0, 0, 0, 0]) for _ in range(4)]
+    smepo.update(model, tokenizer, optimizer, groups, settings(mini_batches=4, inner_epochs=3))
+    assert optimizer.state[next(model.parameters())]["step"] == 12
+
+
+def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
+    """The logits of prompt, guide and padding get no gradient; those of sampled tokens all do."""
+    model, tokenizer = fresh_base
+    captured, forward = [], model.forward
+
+    def spy(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits.retain_grad()
+        captured.append(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", spy)
+    group = make_group(fresh_base, [1.0, 0, 0, 0])
+    smepo.update(model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.0), [group],
+                 settings(prompts_per_step=1))
+    prompt, completion = captured  # one forward over the prompt, one over the completions
+    lengths = torch.tensor(sorted(len(ids) for ids in group.completions))
+    assert completion.shape[:2] == (4, lengths.max())
+    sampled = torch.arange(lengths.max()) < lengths[:, None]
+    assert torch.equal(completion.grad.abs().sum(-1) > 0, sampled)
+    assert prompt.shape[:2] == (1, 1) and prompt.grad is None
+
+
+def test_temperature_reaches_the_scoring(fresh_base):
+    groups = [make_group(fresh_base, [1.0, 0, 0, 0])]
+    warm = gradient_of(fresh_base, groups, temperature=1.0)
+    hot = gradient_of(fresh_base, groups, temperature=2.0)
+    assert (warm - hot).abs().max() > 1e-4
+
+
+def test_entropy_metric_estimates_the_entropy(fresh_base):
+    model, tokenizer = fresh_base
+    torch.manual_seed(0)
+    group = smepo.rollout(model, tokenizer, [problem(fresh_base)], [True], 256, settings())[0]
+    group.rewards = [float(i % 2) for i in range(256)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = settings(prompts_per_step=1, group_size=256)
+    stats = smepo.update(model, tokenizer, optimizer, [group], config)
+    total, tokens = 0.0, 0
+    for ids in group.completions:
+        logits = model(torch.tensor([group.prompt_ids + ids])).logits[0, -len(ids) - 1 : -1]
+        total += torch.distributions.Categorical(logits=logits).entropy().sum().item()
+        tokens += len(ids)
+    assert stats["entropy"] == pytest.approx(total / tokens, rel=0.1)
+
+
+def test_masked_expert_loss_is_the_nll_of_the_visible_tokens_only(base):
+    model, tokenizer = base
+    p = problem(base, "Compute 2 * 3", "Step 1: 2 * 3 = 6.\nThe answer is 6.", "6")
+    tokens = tokenizer.tokenize(p.trace) + [tokenizer.eos_token]
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    logits = model(torch.tensor([p.prompt_ids + ids])).logits[0, len(p.prompt_ids) - 1 : -1]
+    nll = -logits.log_softmax(-1)[range(len(ids)), ids]
+    visible = [not token.strip().isdigit() for token in tokens]
+    assert visible.count(False) == 4
+    expected = nll[visible].mean()
+    torch.testing.assert_close(smepo.masked_expert_loss(model, tokenizer, p, "math"), expected)
+
+
+def test_expert_loss_is_off_by_default_and_moves_the_policy_when_on(fresh_base):
+    model, tokenizer = fresh_base
+    group = make_group(fresh_base, [0.0] * 4)  # no policy gradient
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for coefficient in (0.0, 1.0):
+        config = settings(prompts_per_step=1, expert_coef=coefficient)
+        smepo.update(model, tokenizer, optimizer, [group], config)
+        losses.append(smepo.masked_expert_loss(model, tokenizer, group.problem, "math").item())
+    untouched = smepo.load_model(TASKS / "base", config)
+    first = smepo.masked_expert_loss(*untouched, group.problem, "math")
+    assert losses[0] == first.item() and losses[1] < losses[0]
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
+def test_pass_at_k_equals_the_average_over_all_subsets():
+    for n, c in [(4, 1), (5, 3), (6, 0), (6, 6)]:
+        for k in range(1, n + 1):
+            outcomes = [1] * c + [0] * (n - c)
+            subsets = list(itertools.combinations(outcomes, k))
+            expected = sum(max(subset) for subset in subsets) / len(subsets)
+            assert smepo.pass_at_k(n, c, k) == pytest.approx(expected)
+
+
+def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
+    p = dataclasses.replace(problem(base), difficulty="2")
+    q = dataclasses.replace(p, difficulty="5")
+    results = iter([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+
+    def rollout(model, tokenizer, problems, guided, group_size, config):
+        assert guided == [False] * 4 and group_size == 2
+        return [Group(x, False, [], [], [], [], next(results)) for x in problems]
+
+    monkeypatch.setattr(smepo, "rollout", rollout)
+    table = smepo.evaluate(None, None, [p, p, q, q], 2, settings())
+    assert table["pass@1"]["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
+    assert table["pass@1"]["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
+    assert table["pass@1"]["mean"] == pytest.approx([0.5, 0.125])
+    assert table["pass@2"]["mean"][0] == pytest.approx(0.75)
+
+
+def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
+    prompts, sample = [], smepo.sample
+    monkeypatch.setattr(smepo, "sample", lambda *a: prompts.extend(a[2]) or sample(*a))
+    smepo.evaluate(*base, [problem(base)], 1, settings(guide="full"))  # the problem has a guide
+    assert base[1].batch_decode(prompts) == ["<|user|>Compute 7 - 6 + 3 * 5<|end|><|assistant|>"]
+
+
+def test_calibration_of_the_shipped_base(base):
+    from pretrain import calibrate
+
+    table = calibrate(*base)
+    assert 0.45 <= table["none", 2][0] <= 0.60
+    assert table["none", 5][0] <= 0.05
+    assert table["semantic", 5][0] >= 0.15
+    assert table["full", 5][0] >= 0.90
+    size = sum(path.stat().st_size for path in (TASKS / "base").iterdir())
+    assert size <= 2**20
+
+
+# ---- Training, resuming, bad input ---------------------------------------------------------------
+
+
+def test_training_raises_the_guided_reward(tmp_path):
+    config = settings(steps=16, prompts_per_step=16, group_size=8, learning_rate=3e-4,
+                      test_data=write_rows(tmp_path / "test.jsonl", rows("test", 20)))
+    folder = smepo.train(config)
+    rewards = [record["reward"] for record in without_times(folder / "metrics.jsonl")[1:]]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+
+
+def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_path, capsys):
+    config = small(tmp_path)
+    assert smepo.main(flags(config)) == 0
+    shown = capsys.readouterr().out
+    for part in ("Compute", "[NUMBER]", "its reward", "difficulty mean", "±", "runs"):
+        assert part in shown
+    folder = Path("runs/smepo")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoint"}
+    assert json.loads((folder / "config.json").read_text("utf-8")) == dataclasses.asdict(config)
+    before, *steps = without_times(folder / "metrics.jsonl")
+    assert before["step"] == 0 and [step["step"] for step in steps] == [1, 2, 3, 4]
+    promised = {"reward", "zero_variance_wrong", "zero_variance_right", "completion_length",
+                "truncated", "entropy", "clip_fraction", "grad_norm", "loss", "guided", "leak_rate"}
+    assert all(promised <= set(step) for step in steps)
+    full = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[2])
+    assert {"rollouts_per_second", "tokens_per_second", "seconds_rollout", "seconds_update",
+            "seconds_evaluation"} <= set(full)
+    assert all(step["guided"] == 1 and step["leak_rate"] == 0 for step in steps)
+    lines = (folder / "rollouts.jsonl").read_text("utf-8").splitlines()
+    groups = [json.loads(line) for line in lines]
+    assert len(groups) == 16 and all(len(group["completions"]) == 4 for group in groups)
+    smepo.train(dataclasses.replace(config, name="again"))
+    assert without_times("runs/again/metrics.jsonl") == [before, *steps]
+    smepo.train(dataclasses.replace(config, name="other", seed=1))
+    assert without_times("runs/other/metrics.jsonl") != [before, *steps]
+    smepo.load_model(folder / "checkpoint", config)  # a plain Hugging Face folder
+
+
+def weights(folder) -> list[torch.Tensor]:
+    return list(smepo.load_model(folder / "checkpoint", settings())[0].parameters())
+
+
+def assert_same_run(a, b):
+    assert without_times(a / "metrics.jsonl") == without_times(b / "metrics.jsonl")
+    assert (a / "rollouts.jsonl").read_bytes() == (b / "rollouts.jsonl").read_bytes()
+    assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+class Killed(BaseException):
+    """Stands for the process dying at that instant: nothing catches it, nothing cleans up."""
+
+
+KILL_POINTS = ["sample", "append", "save_pretrained", "os.replace", "shutil.rmtree", "torch.save"]
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize("nth", [1, 3, 6])
+def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
+    tmp_path, monkeypatch, point, nth
+):
+    config = small(tmp_path, save_every=1, mini_batches=2)
+    whole = smepo.train(dataclasses.replace(config, name="whole"))
+    owner, name = {
+        "sample": (smepo, "sample"), "append": (smepo, "append"), "os.replace": (os, "replace"),
+        "save_pretrained": (LlamaForCausalLM, "save_pretrained"), "torch.save": (torch, "save"),
+        "shutil.rmtree": (smepo.shutil, "rmtree"),
+    }[point]  # fmt: skip
+    real, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        try:
+            smepo.train(dataclasses.replace(config, name="killed"))
+        except Killed:
+            pass
+    assert len(calls) >= min(nth, 4)
+    folder = Path("runs/killed")
+    if folder.exists():
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write('{"step": 3, "rew')  # a line torn by the kill
+    smepo.train(dataclasses.replace(config, name="killed", resume=True))
+    assert_same_run(whole, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "checkpoint", *smepo.LOGS}  # nothing half-written is left
+
+
+def test_resume_of_a_longer_run_and_of_a_finished_one(tmp_path):
+    whole = smepo.train(small(tmp_path, name="whole", steps=6))
+    smepo.train(small(tmp_path, name="short", steps=4, eval_every=6))
+    with pytest.raises(UserError, match="--eval_every 6"):
+        smepo.train(small(tmp_path, name="short", steps=6, resume=True))
+    folder = smepo.train(small(tmp_path, name="whole", steps=6, resume=True))
+    assert_same_run(whole, folder)
+
+
+def test_ctrl_c_finishes_the_step_saves_it_and_resumes(tmp_path, monkeypatch, capsys):
+    config = small(tmp_path, save_every=100)
+    whole = smepo.train(dataclasses.replace(config, name="whole"))
+    train_step = smepo.train_step
+
+    def pressed(*args):
+        smepo.on_ctrl_c()
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smepo, "train_step", pressed)
+        patch.setattr(smepo.signal, "signal", lambda *_: None)
+        assert smepo.main(flags(config)) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert torch.load("runs/smepo/checkpoint/training.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(smepo, "STOP", [])
+    assert_same_run(whole, smepo.train(dataclasses.replace(config, resume=True)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send a Ctrl-C to one process")
+def test_a_real_ctrl_c_exits_with_130_and_leaves_a_checkpoint(tmp_path):
+    command = [sys.executable, str(HERE / "smepo.py"), *flags(small(tmp_path, steps=10_000))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "runs" / "smepo" / "rollouts.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert (tmp_path / "runs" / "smepo" / "checkpoint" / "training.pt").exists()
+
+
+def refused(capsys, arguments) -> str:
+    """Exit code 2 and exactly one line on stderr, which is returned."""
+    assert smepo.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--guide", "half"], "half"), (["--steps", "many"], "many"), (["--nonsense", "1"], "nonsense"),
+    (["--group_size", "1"], "group_size"), (["--steps", "0"], "steps"),
+    (["--guide_when", "sometimes"], "guide_when"), (["--guide_when", "1.5"], "guide_when"),
+    (["--mini_batches", "3"], "mini_batches"), (["--temperature", "0"], "temperature"),
+    (["--max_prompt_tokens", "10"], "max_prompt_tokens"), (["--data", "none.jsonl"], "none.jsonl"),
+    (["--model", "no/such/folder"], "no/such/folder"), (["--seed", "-1"], "seed"),
+])
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, change, message):
+    assert message in refused(capsys, flags(small(tmp_path)) + change)
+    assert not Path("runs").exists()
+
+
+GOOD = {"question": "Compute 1 + 1", "teacher_ds": "Step 1: 1 + 1 = 2.\nThe answer is 2.",
+        "reward_model": {"style": "rule", "ground_truth": "2"}}
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"question": ""}, "line 2 has no question"),
+    ({"question": None}, "line 2 has no question"),
+    ({"reward_model": {"style": "rule", "ground_truth": None}}, "line 2 has no reward_model"),
+    ({"reward_model": None}, "line 2 has no reward_model"),
+    ({"teacher_ds": None}, "line 2 has no teacher_ds"),
+    ({"teacher_ds": " "}, "line 2 has no teacher_ds"),
+])
+def test_bad_rows_are_named_by_their_line(tmp_path, capsys, bad, message):
+    data = write_rows(tmp_path / "bad.jsonl", [GOOD, GOOD | bad, GOOD])
+    assert message in refused(capsys, flags(small(tmp_path, data=data)))
+
+
+def test_a_row_needs_a_trace_only_where_the_arm_does(tmp_path, base):
+    path = write_rows(tmp_path / "bare.jsonl", [GOOD | {"teacher_ds": None}] * 2)
+    assert len(smepo.load_problems(path, "none", base[1], settings())) == 2
+    with pytest.raises(UserError, match="teacher_ds"):
+        smepo.load_problems(path, "none", base[1], settings(data=path, expert_coef=0.1))
+
+
+@pytest.mark.parametrize("content", ["", "\n", "not json\n", '{"question": \n'])
+def test_unreadable_data_is_refused(tmp_path, capsys, content):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content, encoding="utf-8")
+    assert "bad.jsonl" in refused(capsys, flags(small(tmp_path, data=str(path))))
+
+
+def test_parquet_loads_like_jsonl(tmp_path, base):
+    lines = rows("train", 5)
+    path = str(tmp_path / "rows.parquet")
+    smepo.datasets.Dataset.from_list(lines).to_parquet(path)
+    ours = smepo.load_problems(path, "semantic", base[1], settings())
+    jsonl = write_rows(tmp_path / "rows.jsonl", lines)
+    assert ours == smepo.load_problems(jsonl, "semantic", base[1], settings())
+
+
+@pytest.mark.parametrize("part", ["chat_template", "pad_token", "eos_token"])
+def test_a_tokenizer_without_what_training_needs_is_refused(tmp_path, capsys, base, part):
+    model, tokenizer = smepo.load_model(TASKS / "base", settings())
+    setattr(tokenizer, part, None)
+    for piece in (model, tokenizer):
+        piece.save_pretrained(tmp_path / "model")
+    assert part in refused(capsys, flags(small(tmp_path, model=str(tmp_path / "model"))))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, flags(small(tmp_path, model=str(tmp_path / "empty"))))
+
+
+def test_a_run_folder_is_never_overwritten_and_belongs_to_one_config(tmp_path, capsys):
+    config = small(tmp_path, steps=2)
+    smepo.train(config)
+    before = (Path("runs/smepo/metrics.jsonl")).read_bytes()
+    capsys.readouterr()
+    assert "--resume" in refused(capsys, flags(config))
+    other = dataclasses.replace(config, resume=True, learning_rate=0.5)
+    assert "--learning_rate 0.0001" in refused(capsys, flags(other))
+    assert (Path("runs/smepo/metrics.jsonl")).read_bytes() == before
+
+
+def test_a_step_that_is_not_finite_is_refused_and_the_last_checkpoint_stays(
+    tmp_path, capsys, monkeypatch
+):
+    calls, policy_loss = [], smepo.policy_loss
+
+    def exploding(*args):
+        calls.append(1)
+        loss, stats = policy_loss(*args)
+        return (loss * math.nan if len(calls) > 2 else loss), stats
+
+    monkeypatch.setattr(smepo, "policy_loss", exploding)
+    config = small(tmp_path, save_every=1, data=write_rows(tmp_path / "easy.jsonl", [GOOD] * 4),
+                   steps=50, guide="none")
+    assert "not finite" in refused_after_output(capsys, flags(config))
+    step = torch.load("runs/smepo/checkpoint/training.pt", weights_only=True)["step"]
+    assert step >= 2 and all(p.isfinite().all() for p in weights(Path("runs/smepo")))
+
+
+def test_a_model_whose_outputs_are_not_finite_is_refused(tmp_path, capsys, base):
+    model, tokenizer = smepo.load_model(TASKS / "base", settings())
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    for piece in (model, tokenizer):
+        piece.save_pretrained(tmp_path / "model")
+    assert "not finite" in refused(capsys, flags(small(tmp_path, model=str(tmp_path / "model"))))
+
+
+def refused_after_output(capsys, arguments) -> str:
+    """As `refused`, for a run whose progress bar has been on stderr already."""
+    assert smepo.main(arguments) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_every_setting_is_a_documented_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        smepo.main(["--help"])
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    for setting in dataclasses.fields(Config):
+        assert f"--{setting.name}" in shown and setting.metadata["help"]
