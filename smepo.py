@@ -19,11 +19,9 @@ another prompt c, and the evaluation shows no trace. Each line is a function bel
     ratio       rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)    token_logprobs
     loss        -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)   policy_loss
 
-Run `python smepo.py` to see it learn in a minute on a laptop CPU, `--guide none` for plain GRPO,
-`--help` for every setting. Shapes: B problems, G rollouts of each, N rows (B*G or some of them),
-P prompt tokens, T completion tokens.
+Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt, T completion tokens.
+Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for the rest.
 """
-
 import argparse
 import json
 import math
@@ -48,7 +46,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
-
 
 # ---- Config: every field is a flag ---------------------------------------------------------------
 class UserError(Exception):
@@ -87,7 +84,7 @@ class Config:
     max_prompt_tokens: int = flag(256, "a longer prompt is refused, never cut")
     max_new_tokens: int = flag(64, "a rollout without an end by then earns 0")
     eval_every: int = flag(20, "steps between points of the accuracy curve")
-    eval_samples: int = flag(4, "samples a test problem before and after; 1 in between")
+    eval_samples: int = flag(4, "samples a test problem")
     save_every: int = flag(10, "steps between checkpoints")
     seed: int = flag(0, "same seed, same machine, same result")
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -97,14 +94,12 @@ class Config:
         rules = {
             "group_size": (self.group_size > 1, "2 or more: an advantage compares rollouts"),
             "mini_batches": (m > 0 and self.prompts_per_step % m == 0, "a divisor of the prompts"),
-            "temperature": (self.temperature > 0, "above 0, or all rollouts agree"),
-            "guide_when": (re.fullmatch(fraction, self.guide_when), "always, on-failure or 0 to 1"),
-            "seed": (self.seed >= 0, "0 or more")}
+            "temperature": (self.temperature > 0, "above 0"), "seed": (self.seed >= 0, "0 or more"),
+            "guide_when": (re.fullmatch(fraction, self.guide_when), "always, on-failure or 0 to 1")}
         for name, value in asdict(self).items():
             good, rule = rules.get(name, (type(value) is not int or value > 0, "1 or more"))
             if not good:
                 raise UserError(f"--{name} {value}: it must be {rule}")
-
 # ---- Masking: the spans of a trace that the reward depends on ------------------------------------
 # One pass from left to right, whose first alternatives are what to keep: "Step 1:" is consumed
 # before the number pattern can see its 1. So no placeholder is needed, nothing is masked twice.
@@ -114,6 +109,7 @@ NUMBER = r"(?:(?<![\w)\]}])[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?%?"
 MATH = re.compile(rf"(?P<keep>{LABEL}|[A-Za-z]+_\d+)|(?P<number>{NUMBER})", re.MULTILINE)
 PIECE = re.compile(r"\w+|[^\w\s]")
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
+Ids = list[int]  # token ids
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     """The reward-relevant spans, left to right, without overlap."""
@@ -121,15 +117,15 @@ def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
 
 def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
     """As many spans, as long in words and signs, anywhere: only *where* differs."""
-    rng, pieces = random.Random(seed), [match.span() for match in PIECE.finditer(trace)]
-    lengths = [len(PIECE.findall(trace[start:end])) for start, end, _ in spans]
-    rng.shuffle(lengths)
-    # a slot is one visible piece or one whole span, so every placement is equally likely
-    slots = rng.sample(range(len(pieces) - sum(lengths) + len(spans)), len(spans))
-    chosen, hidden = [], 0
-    for i, (slot, length) in enumerate(zip(sorted(slots), lengths, strict=True)):
-        first, hidden = slot - i + hidden, hidden + length
-        chosen.append((pieces[first][0], pieces[first + length - 1][1], spans[i][2]))
+    pieces = [match.span() for match in PIECE.finditer(trace)]
+    hidden = [(len(PIECE.findall(trace[start:end])), mask) for start, end, mask in spans]
+    items = hidden + [(1, "")] * (len(pieces) - sum(length for length, _ in hidden))
+    random.Random(seed).shuffle(items)  # spans among visible pieces: all orders are equally likely
+    chosen, at = [], 0
+    for length, mask in items:
+        if mask:
+            chosen.append((pieces[at][0], pieces[at + length - 1][1], mask))
+        at += length
     return chosen
 
 def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | None = None) -> str:
@@ -145,8 +141,7 @@ def leaks(masked: str, answer: str, domain: str) -> bool:
     visible = (masked[start:end] for start, end, _ in hidden_spans(masked, domain, answer))
     return any(same_answer(value, answer) for value in visible)
 
-def guide_trace(trace: str, guide: str, domain: str, answer: str = "", prefix_ratio: float = 0.5,
-                seed: str = "") -> str:
+def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
     if guide in ("none", "full"):
         return trace if guide == "full" else ""
@@ -155,10 +150,7 @@ def guide_trace(trace: str, guide: str, domain: str, answer: str = "", prefix_ra
     spans = hidden_spans(trace, domain, answer)
     spans = random_spans(trace, spans, seed) if guide == "random" else spans
     return mask_trace(trace, domain, answer, spans)
-
-# ---- Data and prompts ----------------------------------------------------------------------------
-Ids = list[int]
-
+# ---- Data, prompts, reward -----------------------------------------------------------------------
 @dataclass
 class Problem:
     question: str
@@ -196,9 +188,9 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
                 raise UserError(f"{path} line {line} has no {name}: add it or drop the row")
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
+        prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
         # no more special tokens: the chat template has written them
-        plain, guided = (tokenizer(build_prompt(tokenizer, question, text), add_special_tokens=False)
-                         ["input_ids"] for text in ("", shown))
+        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         if len(guided) > config.max_prompt_tokens:
             raise UserError(f"{path} line {line}: its prompt has {len(guided)} tokens, raise "
                             f"--max_prompt_tokens {config.max_prompt_tokens} or drop the row")
@@ -206,27 +198,21 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
                                 leaks(shown, answer, config.domain), plain, guided))
     return problems
 
-# ---- Reward: is the last stated answer the ground truth? -----------------------------------------
 STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|answer is:?\s*([^\n]+)", re.IGNORECASE)
 
-def number_value(text: str) -> Fraction | None:
-    """The exact value of 1,234 or 42.0 or 1/4; None for what is no number."""
-    try:
-        return Fraction(text.replace(",", "").replace("\u2212", "-"))
-    except (ValueError, ZeroDivisionError):
-        return None
-
 def same_answer(given: str, truth: str) -> bool:
-    """Numbers compare by value, everything else as text."""
-    given, truth = (text.strip().rstrip(".").casefold() for text in (given, truth))
-    value = number_value(given)
-    return given == truth if value is None else value == number_value(truth)
+    """Numbers compare by value (42.0 is 42, 1,234 is 1234), everything else as text."""
+    given, truth = (text.strip().rstrip(".").replace(",", "").replace("\u2212", "-").casefold()
+                    for text in (given, truth))
+    try:
+        return Fraction(given) == Fraction(truth)
+    except (ValueError, ZeroDivisionError):
+        return given == truth
 
 def reward(completion: str, ground_truth: str, domain: str) -> float:
     """1.0 if the last answer that the completion states is right, else 0.0."""
     stated = STATED.findall(completion)
     return float(bool(stated) and same_answer("".join(stated[-1]), ground_truth))
-
 # ---- Rollouts ------------------------------------------------------------------------------------
 @dataclass
 class Group:
@@ -240,7 +226,7 @@ class Group:
     rewards: list[float]
 
 def pad(rows: list[Ids], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
-    """Ids and mask (N, longest). The mask goes by position, for the pad token may be the EOS too."""
+    """Ids and mask (N, longest); the mask goes by position, as the pad token may be the EOS."""
     ids = [torch.tensor(row) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
     return pad_sequence(ids, True, pad_id, side).to(device), mask.to(device)
@@ -251,11 +237,10 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def assert_finite(value: float) -> None:
     if not math.isfinite(value):
-        raise UserError("the loss is not finite: this step is refused, the last checkpoint stays; "
-                        "start again with a lower --learning_rate")
+        raise UserError("the loss is not finite: this step is refused, lower --learning_rate")
 
 def read_prompts(model, ids: Tensor, mask: Tensor):
-    """The cache of keys and values of the prompts (N, L); gradients flow through it."""
+    """Keys and values of N prompts, to be copied: a group shares its prompt, so read it once."""
     read = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True,
                  logits_to_keep=1)
     assert_finite(read.logits.sum().item())
@@ -269,9 +254,7 @@ def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
 def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config) -> list[Ids]:
     """`group_size` completions of each prompt: B lists of ids in, B*G lists out."""
     ids, mask = pad(prompts, tokenizer.pad_token_id, "left", model.device)  # (B, P)
-    # a group shares its prompt: read it once and copy its keys and values. generate itself reads the
-    # last prompt token, to have logits to start from
-    cache = read_prompts(model, ids[:, :-1], mask[:, :-1])
+    cache = read_prompts(model, ids[:, :-1], mask[:, :-1])  # generate reads the last token itself
     cache.batch_repeat_interleave(group_size)
     ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
     settings = GenerationConfig(  # all of them: what is unset is not neutral (top_k would be 50)
@@ -282,21 +265,20 @@ def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config
                           generation_config=settings)[:, ids.shape[1] :]  # (B*G, T)
     return [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
 
-def rollout(model, tokenizer, problems: list[Problem], guided: list[bool], group_size: int,
-            config: Config) -> list[Group]:
-    """One group a problem, sampled and rewarded, at most `generate_batch` rows at a time."""
+def rollout(model, tokenizer, problems, guided, group_size: int, config: Config) -> list[Group]:
+    """One group a problem, `guided` or not each, at most `generate_batch` rows at a time."""
     groups, per_call = [], max(1, config.generate_batch // group_size)
     prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     for start in range(0, len(problems), per_call):
-        prompt_part = prompts[start : start + per_call]
-        completions = sample(model, tokenizer, prompt_part, group_size, config)
-        for i, prompt_ids in enumerate(prompt_part):
-            problem, ids = problems[start + i], completions[i * group_size : (i + 1) * group_size]
+        part = slice(start, start + per_call)
+        rows = iter(sample(model, tokenizer, prompts[part], group_size, config))
+        for problem, shown, prompt in zip(problems[part], guided[part], prompts[part], strict=True):
+            ids = [next(rows) for _ in range(group_size)]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
             rewards = [reward(text, problem.answer, config.domain) if end else 0.0
                        for text, end in zip(texts, ended, strict=True)]
-            groups.append(Group(problem, guided[start + i], prompt_ids, ids, texts, ended, rewards))
+            groups.append(Group(problem, shown, prompt, ids, texts, ended, rewards))
     return groups
 
 def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):
@@ -306,13 +288,12 @@ def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):
     groups = rollout(model, tokenizer, problems, guided, config.group_size, config)
     failed = [i for i, group in enumerate(groups) if config.guide_when == "on-failure"
               and group.problem.guide and max(group.rewards) == 0]
-    again = [problems[i] for i in failed]
-    again = rollout(model, tokenizer, again, [True] * len(again), config.group_size, config)
+    again = rollout(model, tokenizer, [problems[i] for i in failed], [True] * len(failed),
+                    config.group_size, config)
     for i, group in zip(failed, again, strict=True):
         groups[i] = group
     return groups, (len(problems) + len(failed)) * config.group_size
-
-# ---- Advantages, log-probs, loss: the equations as pure functions --------------------------------
+# ---- Advantages, log-probs, loss as pure functions; the update -----------------------------------
 def group_advantages(rewards, group_size: int, scale: str = "std", eps: float = 1e-6) -> Tensor:
     """A_i = (r_i - mean r) / (std r + eps) in each group: 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
     r = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)  # (B, G)
@@ -325,26 +306,23 @@ def group_advantages(rewards, group_size: int, scale: str = "std", eps: float = 
 def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, completion_length: int,
                    temperature: float) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
-    # rows of a group share their prompt: read each distinct one once, copy its keys and values, and
-    # then read the last prompt token and the completion, whose logits predict the token after them
-    start = input_ids.shape[1] - completion_length - 1
+    start = input_ids.shape[1] - completion_length - 1  # of the last prompt token
     prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], dim=1)  # (N, 2P-2)
     prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)
-    cache = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
-    cache.batch_select_indices(row.to(model.device))
+    keys = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
+    keys.batch_select_indices(row.to(model.device))
     logits = model(input_ids[:, start:-1], attention_mask=attention_mask[:, :-1],
-                   position_ids=positions(attention_mask)[:, start:-1], past_key_values=cache).logits
-    logits = logits.float() / temperature  # (N, T, V), as sampled; float32 whatever the model's type
+                   position_ids=positions(attention_mask)[:, start:-1], past_key_values=keys).logits
+    # the logits at t predict the token at t + 1, and it was sampled at this temperature
+    logits = logits.float() / temperature  # (N, T, V)
     chosen = logits.gather(-1, input_ids[:, -completion_length:, None]).squeeze(-1)  # (N, T)
     return chosen - logits.logsumexp(-1)
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float = 0.2, clip_high: float = 0.28, aggregation: str = "sequence"):
     """Loss and stats of the clipped surrogate: (N, T) tokens, mask 1 if sampled, advantages (N,).
-
     At one update a batch every ratio is 1 and a group's advantages sum to 0: the *value* is about
-    0, its gradient, -A * grad log pi, is not. Clipping can act from a batch's second update on.
-    """
+    0, its gradient, -A * grad log pi, is not. Clipping can act from a batch's second update on."""
     mask, A = mask.bool(), advantages[:, None]  # (N, T), (N, 1)
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
@@ -354,14 +332,11 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
     else:
         loss = token_loss.sum() / mask.sum().clamp(min=1)
-    clips = (clipped < ratio * A) & mask  # where the clip decides, so that no gradient flows
-    return loss, {"clip_fraction": clips.sum() / mask.sum().clamp(min=1)}
+    return loss, {"clip_fraction": ((clipped < ratio * A) & mask).sum() / mask.sum().clamp(min=1)}
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
-    """Mean NLL of the trace's visible tokens after the bare question; hidden spans carry none.
-
-    No part of SMEPO: it is there to show what happens when the plan also enters the loss.
-    """
+    """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO: it is
+    there to show what happens when the plan also enters the loss. Hidden spans carry none."""
     text, spans = problem.trace, hidden_spans(problem.trace, domain, problem.answer)
     trace = tokenizer(text + tokenizer.eos_token, add_special_tokens=False,
                       return_offsets_mapping=True)
@@ -370,13 +345,10 @@ def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tenso
     logprobs = token_logprobs(model, ids, torch.ones_like(ids), len(visible), temperature=1.0)
     return -logprobs[0, visible].mean()
 
-# ---- Update: from groups to optimizer steps ------------------------------------------------------
 def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> list[dict]:
-    """The rows of a mini-batch that have a gradient, at most `micro_batch` at a time.
-
-    Advantage 0, as in every all-wrong or all-right group, has none, so such a row is not scored;
-    but it counts in the divisor, of which each part carries its `share`.
-    """
+    """The rows of a mini-batch that have a gradient, at most `micro_batch` at a time. Advantage 0,
+    as in all-wrong and all-right groups, has none, so such rows are not scored; but they count in
+    the divisor, of which each part carries its `share`."""
     rewards, scale = [group.rewards for group in groups], config.advantage_scale
     advantages = group_advantages(rewards, config.group_size, scale).tolist()  # (B*G,)
     rows = [(group.prompt_ids, ids) for group in groups for ids in group.completions]
@@ -388,10 +360,9 @@ def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> l
         prompt_ids, prompt_mask = pad(prompts, pad_id, "left", device)  # (N, P)
         completion_ids, mask = pad(completions, pad_id, "right", device)  # (N, T)
         inputs = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
-        by_row, by_token = len(A) / len(rows), mask.sum().item() / tokens
+        share = len(A) / len(rows) if config.aggregation == "sequence" else mask.sum() / tokens
         parts.append({"inputs": (*inputs, mask.shape[1], config.temperature), "mask": mask,
-                      "A": torch.tensor(A, device=device),
-                      "share": by_row if config.aggregation == "sequence" else by_token})
+                      "A": torch.tensor(A, device=device), "share": share})
     return parts
 
 def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> dict:
@@ -414,7 +385,7 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
                                       config.clip_high, config.aggregation)
             (loss * part["share"]).backward()
             tokens = part["mask"].sum().item()
-            sums.update(loss=loss.item() * part["share"], tokens=tokens,
+            sums.update(loss=(loss * part["share"]).item(), tokens=tokens,
                         clipped=stats["clip_fraction"].item() * tokens,
                         surprise=-(old * part["mask"]).sum().item())
         for group in members if config.expert_coef else []:  # one at a time bounds the memory
@@ -428,15 +399,14 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
     # -log pi_old, averaged over what pi_old sampled, is an unbiased estimate of its entropy
     return {"loss": sums["loss"] / steps, "grad_norm": sums["grad_norm"] / steps,
             "clip_fraction": sums["clipped"] / tokens, "entropy": sums["surprise"] / tokens}
-
 # ---- Evaluation: unguided by construction --------------------------------------------------------
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased chance that one of k samples is right (2107.03374): pass_at_k(4, 1, 2) = 0.5"""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
-def evaluate(model, tokenizer, problems: list[Problem], samples: int, config: Config) -> dict:
+def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     """{"pass@1": {difficulty: [mean, standard error over problems], "mean": ...}, "pass@4": ...}"""
-    start, table = time.perf_counter(), {}
+    start, samples, table = time.perf_counter(), config.eval_samples, {}
     groups = rollout(model, tokenizer, problems, [False] * len(problems), samples, config)
     for k in sorted({1, samples}):
         row = table[f"pass@{k}"] = {}
@@ -447,34 +417,30 @@ def evaluate(model, tokenizer, problems: list[Problem], samples: int, config: Co
         m, e = torch.tensor(list(row.values())).T  # every difficulty weighs the same
         row["mean"] = [m.mean().item(), (e.square().sum().sqrt() / len(e)).item()]
     return table | {"seconds_evaluation": time.perf_counter() - start}
-
 # ---- The run folder: at whatever instant the process dies, --resume works ------------------------
-LOGS = ("metrics.jsonl", "rollouts.jsonl")
-
-def open_run(config: Config) -> Path:
-    """The run folder: a new one or, with --resume, one of the same settings. Nothing is written."""
+def open_run(config: Config) -> tuple[Path, Path | str]:
+    """The run folder, new or with --resume of the same settings, and the model to start from."""
     folder, settings = Path("runs") / config.name, asdict(config)
     path, saved, old = (folder / name for name in ("config.json", "checkpoint", "checkpoint.old"))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        free = ("resume", "steps", "device")  # a run may go on for longer, or elsewhere
-        other = [k for k in settings if k not in free and settings[k] != before.get(k)]
-        if other or not config.resume:
-            was = "".join(f" --{key} {before.get(key)}" for key in other)
-            raise UserError(f"{folder} holds a run: --resume{was} continues it, or use another --name")
-    if old.exists() and not saved.exists():  # the process died between the renames of save_checkpoint
+        free = {key: settings[key] for key in ("resume", "steps", "device")}  # these may change
+        was = "".join(f" --{k} {v}" for k, v in (before | free).items() if settings.get(k) != v)
+        if was or not config.resume:
+            raise UserError(f"{folder} holds a run: go on with --resume{was} or take a new --name")
+    if old.exists() and not saved.exists():  # died between the two renames of save_checkpoint
         os.replace(old, saved)
-    return folder
+    return folder, saved if saved.exists() else config.model
 
 def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int) -> None:
     """Write it aside, then swap it in: two renames, as no system replaces a folder in one."""
     new, current, old = (folder / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
-    for stale in (new, old):  # of a process that died; open_run has seen to it that current is there
+    for stale in (new, old):  # left by a process that died
         shutil.rmtree(stale, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     # each step seeds its own sampling, so no RNG state is kept; the logs are cut to these sizes
-    sizes = {name: os.path.getsize(folder / name) for name in LOGS}
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
     torch.save(sizes | {"step": step, "optimizer": optimizer.state_dict()}, new / "training.pt")
     if current.exists():
         os.replace(current, old)
@@ -490,21 +456,16 @@ def restore(folder: Path, optimizer, config: Config) -> int:
     if saved.exists():
         state = torch.load(saved / "training.pt", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-    for name in LOGS:
-        (folder / name).touch()
-        os.truncate(folder / name, state.get(name, 0))
+    for path in folder.glob("*.jsonl"):
+        os.truncate(path, state.get(path.name, 0))
     return state["step"]
 
 def append(path: Path, records: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
 def load_model(path: str | Path, config: Config):
-    """Model, in float32, and tokenizer, both fit for rollouts."""
+    """Model, in float32 and without dropout (which would bend the ratio), and tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -518,10 +479,8 @@ def load_model(path: str | Path, config: Config):
     eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])}
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids))
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    # eval() for good: dropout would bend the ratio
     return model.to(best if config.device == "auto" else config.device).eval(), tokenizer
-
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Training, and what the reader sees ----------------------------------------------------------
 def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
     """Sample, reward, learn; returns the groups and the metrics (README: glossary)."""
     torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
@@ -545,65 +504,63 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
         "tokens_per_second": sampled * length / (middle - start),
         "seconds_rollout": middle - start, "seconds_update": end - middle}
 
-STOP = []  # filled by Ctrl-C, which lets the step finish and saves it
+STOP = []  # filled by Ctrl-C, which lets the step finish and be saved; a second one stops at once
+def on_ctrl_c(*_):
+    STOP.append(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def train(config: Config) -> Path:
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
-    folder = open_run(config)
-    saved = folder / "checkpoint"
-    model, tokenizer = load_model(saved if saved.exists() else config.model, config)
+    folder, start = open_run(config)
+    model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     done = restore(folder, optimizer, config)
     if done == 0:
         show_start(model, tokenizer, problems, tests, config)
-        before = evaluate(model, tokenizer, tests, config.eval_samples, config)
-        append(folder / "metrics.jsonl", [{"step": 0} | before])
+        append(folder / "metrics.jsonl", [{"step": 0} | evaluate(model, tokenizer, tests, config)])
     bar, shown = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps), {}
     for step in bar:
         groups, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
         if step == config.steps or step % config.eval_every == 0:
-            samples = config.eval_samples if step == config.steps else 1
-            metrics |= evaluate(model, tokenizer, tests, samples, config)
+            metrics |= evaluate(model, tokenizer, tests, config)
             shown["unguided"] = metrics["pass@1"]["mean"][0]
         append(folder / "metrics.jsonl", [metrics])
         append(folder / "rollouts.jsonl", [
-            {"step": step, "question": group.problem.question, "completions": group.texts,
-             "guide": group.problem.guide if group.guided else "", "rewards": group.rewards}
-            for group in groups])
+            {"step": step, "question": g.problem.question, "rewards": g.rewards,
+             "guide": g.problem.guide if g.guided else "", "completions": g.texts} for g in groups])
         if STOP or step == config.steps or step % config.save_every == 0:
             save_checkpoint(folder, model, tokenizer, optimizer, step)
-        shown |= {"reward": metrics["reward"], "all wrong": metrics["zero_variance_wrong"],
-                  "all right": metrics["zero_variance_right"]}
+        shown |= {key: metrics[key] for key in metrics if key.startswith(("reward", "zero"))}
         bar.set_postfix(shown)
         if STOP:
             raise KeyboardInterrupt
     return folder
 
-# ---- What the reader sees, and main --------------------------------------------------------------
 def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
     """The settings, and one problem with its trace, guide, a completion and its reward."""
     leaky = sum(problem.leaky for problem in problems) / len(problems)
-    print(f"{config.model}: {model.num_parameters() / 1e6:.2f} M parameters on {model.device}\n"
-          f"{len(problems)} training problems, {len(tests)} held-out ones that are asked unguided\n"
+    print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
+          f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
           f"guide {config.guide}, {config.guide_when}; {leaky:.1%} of the guides leak the answer")
     torch.manual_seed(config.seed)
     group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
-    titles = "question", "expert trace", "what the policy is shown", "a completion", "its reward"
-    texts = problems[0].question, problems[0].trace, problems[0].guide, group.texts[0]
-    for title, text in zip(titles, [*texts, f"{group.rewards[0]:g}"], strict=True):
-        print(f"\n{title}\n    " + (text or "(nothing)").replace("\n", "\n    "))
+    for title, text in {"question": problems[0].question, "expert trace": problems[0].trace,
+                        "what the policy is shown": problems[0].guide or "(nothing)",
+                        "a completion": group.texts[0], "its reward": group.rewards[0]}.items():
+        print(f"\n{title}\n    " + str(text).replace("\n", "\n    "))
 
 def report(folder: Path) -> None:
     """The table before -> after, and curve.png where matplotlib is installed."""
-    steps = read_metrics(folder)
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        steps = [json.loads(line) for line in file]
     points = [record for record in steps if "pass@1" in record]
     print(f"\nunguided accuracy  step 0           step {points[-1]['step']:<11} change")
     for level, (mean, error) in points[0]["pass@1"].items():
         after, e = points[-1]["pass@1"][level]
-        print(f"difficulty {level:<6}  {mean:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}"
-              f"    {after - mean:+.3f}")
+        row = f"{mean:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - mean:+.3f}"
+        print(f"difficulty {level:<6}  {row}")
     if not find_spec("matplotlib"):
         return print("no curve.png: it needs matplotlib")
     from matplotlib.figure import Figure
@@ -624,10 +581,9 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     parser = HfArgumentParser(Config, exit_on_error=False, usage="smepo.py [--flag value ...]")
     try:
-        config, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False)
-        if unknown:
-            raise UserError(f"unknown flag {unknown[0]}: --help lists them all")
+        config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if rest:
+            raise UserError(f"unknown flag {rest[0]}: --help lists them all")
         folder = train(config)
         report(folder)
         print(f"\n{folder} holds it all; {time.perf_counter() - start:.0f} s")
@@ -638,10 +594,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped: --resume continues from the last checkpoint", file=sys.stderr)
         return 130
-
-def on_ctrl_c(*_):
-    STOP.append("saving after this step")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)

@@ -314,7 +314,7 @@ def test_sampled_frequencies_follow_the_temperature(base):
 
 
 def test_generation_settings_of_the_model_folder_do_not_reach_the_rollouts(base, tmp_path):
-    """A folder that recommends greedy, top-k, penalties and so on samples like one that does not."""
+    """A folder that recommends greedy, top-k or penalties samples like one that does not."""
     for part in base:
         part.save_pretrained(tmp_path / "hostile")
     hostile = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "min_p": 0.9,
@@ -694,7 +694,7 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
         return [Group(x, False, [], [], [], [], next(results)) for x in problems]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
-    table = smepo.evaluate(None, None, [p, p, q, q], 2, settings())
+    table = smepo.evaluate(None, None, [p, p, q, q], settings(eval_samples=2))
     assert table["pass@1"]["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
     assert table["pass@1"]["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
     assert table["pass@1"]["mean"] == pytest.approx([0.5, 0.125])
@@ -704,7 +704,8 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
 def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
     prompts, sample = [], smepo.sample
     monkeypatch.setattr(smepo, "sample", lambda *a: prompts.extend(a[2]) or sample(*a))
-    smepo.evaluate(*base, [problem(base)], 1, settings(guide="full"))  # the problem has a guide
+    config = settings(guide="full", eval_samples=1)
+    smepo.evaluate(*base, [problem(base)], config)  # the problem has a guide
     assert base[1].batch_decode(prompts) == ["<|user|>Compute 7 - 6 + 3 * 5<|end|><|assistant|>"]
 
 
@@ -811,7 +812,8 @@ def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
     smepo.train(dataclasses.replace(config, name="killed", resume=True))
     assert_same_run(whole, folder)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "checkpoint", *smepo.LOGS}  # nothing half-written is left
+    # nothing half-written is left
+    assert names == {"config.json", "checkpoint", "metrics.jsonl", "rollouts.jsonl"}
 
 
 def test_resume_of_a_longer_run_and_of_a_finished_one(tmp_path):

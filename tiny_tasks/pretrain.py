@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "base", help="the model folder")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    smepo.datasets.disable_progress_bars()
     start, out = time.perf_counter(), arguments.out
     if not arguments.calibrate:
         settings = arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed
