@@ -34,7 +34,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -91,14 +90,18 @@ class Config:
 
     def __post_init__(self):
         m, fraction = self.mini_batches, r"always|on-failure|0?\.\d+|[01](\.0*)?"
+        devices = "auto", "cpu", str(torch.accelerator.current_accelerator(check_available=True))
         rules = {
+            "name": (re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name), "a plain folder name"),
+            "device": (self.device in devices, "auto or a device that is there"),
             "group_size": (self.group_size > 1, "2 or more: an advantage compares rollouts"),
             "mini_batches": (m > 0 and self.prompts_per_step % m == 0, "a divisor of the prompts"),
             "temperature": (self.temperature > 0, "above 0"), "seed": (self.seed >= 0, "0 or more"),
             "guide_when": (re.fullmatch(fraction, self.guide_when), "always, on-failure or 0 to 1")}
         for name, value in asdict(self).items():
-            good, rule = rules.get(name, (type(value) is not int or value > 0, "1 or more"))
-            if not good:
+            least = {int: name != "seed", float: 0}.get(type(value))  # None: no number
+            good, rule = rules.get(name, (True, f"a number of at least {least}"))
+            if not good or least is not None and not least <= value < 2**31:
                 raise UserError(f"--{name} {value}: it must be {rule}")
 # ---- Masking: the spans of a trace that the reward depends on ------------------------------------
 # One pass from left to right, whose first alternatives are what to keep: "Step 1:" is consumed
@@ -107,7 +110,7 @@ class Config:
 LABEL = r"\b(?i:step|case|part|lemma|theorem|equation)\s+\d+(?:\.\d+)*(?!\w)|^[ \t]*\d+[.)](?=\s)"
 NUMBER = r"(?:(?<![\w)\]}])[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?%?"
 MATH = re.compile(rf"(?P<keep>{LABEL}|[A-Za-z]+_\d+)|(?P<number>{NUMBER})", re.MULTILINE)
-PIECE = re.compile(r"\w+|[^\w\s]")
+PIECE = re.compile(r"\d+|[^\W\d]+|[^\w\s]")
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
 Ids = list[int]  # token ids
 
@@ -146,7 +149,7 @@ def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5
     if guide in ("none", "full"):
         return trace if guide == "full" else ""
     if guide == "prefix":
-        return trace[: max(0, trace.rfind("\n", 0, int(len(trace) * prefix_ratio) + 1))]
+        return trace[: max(0, f"{trace}\n".rfind("\n", 0, int(len(trace) * prefix_ratio) + 1))]
     spans = hidden_spans(trace, domain, answer)
     spans = random_spans(trace, spans, seed) if guide == "random" else spans
     return mask_trace(trace, domain, answer, spans)
@@ -176,24 +179,23 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
     try:
         rows = datasets.load_dataset(kind, data_files=path, split="train")
     except Exception as error:  # whatever a broken file makes the readers raise
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise UserError(f"{path} holds no rows that can be read as {kind}: {reason}") from error
+        raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
     for line, row in enumerate(rows, start=1):
-        question, trace = row.get("question"), row.get("teacher_ds")
-        answer = (row.get("reward_model") or {}).get("ground_truth")
-        wants_trace = guide != "none" or config.expert_coef and path == config.data
+        question, trace = row.get("question"), row.get("teacher_ds") or ""
+        rule = row.get("reward_model")
+        answer = rule.get("ground_truth") if isinstance(rule, dict) else None
+        answer = "" if answer is None else str(answer)
+        wants_trace = guide != "none" or (config.expert_coef and path == config.data)
         for name, value in (("question", question), ("reward_model.ground_truth", answer),
                             ("teacher_ds (expert trace)", trace if wants_trace else "none")):
-            if not str(value or "").strip():
+            if not isinstance(value, str) or not value.strip():
                 raise UserError(f"{path} line {line} has no {name}: add it or drop the row")
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
         prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
-        # no more special tokens: the chat template has written them
-        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # the template did
         if len(guided) > config.max_prompt_tokens:
-            raise UserError(f"{path} line {line}: its prompt has {len(guided)} tokens, raise "
-                            f"--max_prompt_tokens {config.max_prompt_tokens} or drop the row")
+            raise UserError(f"{path} line {line}: {len(guided)} tokens, raise --max_prompt_tokens")
         problems.append(Problem(question, answer, trace, str(row.get("difficulty", "all")), shown,
                                 leaks(shown, answer, config.domain), plain, guided))
     return problems
@@ -205,8 +207,8 @@ def same_answer(given: str, truth: str) -> bool:
     given, truth = (text.strip().rstrip(".").replace(",", "").replace("\u2212", "-").casefold()
                     for text in (given, truth))
     try:
-        return Fraction(given) == Fraction(truth)
-    except (ValueError, ZeroDivisionError):
+        return float(given) == float(truth)
+    except ValueError:
         return given == truth
 
 def reward(completion: str, ground_truth: str, domain: str) -> float:
@@ -232,12 +234,11 @@ def pad(rows: list[Ids], pad_id: int, side: str, device) -> tuple[Tensor, Tensor
     return pad_sequence(ids, True, pad_id, side).to(device), mask.to(device)
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids (N, L) that count real tokens only: left padding must not shift a prompt."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding must not shift a prompt
 
 def assert_finite(value: float) -> None:
     if not math.isfinite(value):
-        raise UserError("the loss is not finite: this step is refused, lower --learning_rate")
+        raise UserError("the model is not finite: this step is refused, lower --learning_rate")
 
 def read_prompts(model, ids: Tensor, mask: Tensor):
     """Keys and values of N prompts, to be copied: a group shares its prompt, so read it once."""
@@ -283,8 +284,8 @@ def rollout(model, tokenizer, problems, guided, group_size: int, config: Config)
 
 def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):
     """The groups to learn from, and how many rollouts were sampled to get them."""
-    share = float({"always": 1, "on-failure": 0}.get(config.guide_when, config.guide_when))
-    guided = [i < round(share * len(problems)) and bool(p.guide) for i, p in enumerate(problems)]
+    rate = float({"always": 1, "on-failure": 0}.get(config.guide_when, config.guide_when))
+    guided = [int((i + 1) * rate) > int(i * rate) and p.guide != "" for i, p in enumerate(problems)]
     groups = rollout(model, tokenizer, problems, guided, config.group_size, config)
     failed = [i for i, group in enumerate(groups) if config.guide_when == "on-failure"
               and group.problem.guide and max(group.rewards) == 0]
@@ -307,8 +308,8 @@ def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, completion_
                    temperature: float) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
     start = input_ids.shape[1] - completion_length - 1  # of the last prompt token
-    prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], dim=1)  # (N, 2P-2)
-    prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)
+    prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], dim=1)  # beside its mask
+    prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)  # a group's is read once
     keys = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
     keys.batch_select_indices(row.to(model.device))
     logits = model(input_ids[:, start:-1], attention_mask=attention_mask[:, :-1],
@@ -349,20 +350,19 @@ def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> l
     """The rows of a mini-batch that have a gradient, at most `micro_batch` at a time. Advantage 0,
     as in all-wrong and all-right groups, has none, so such rows are not scored; but they count in
     the divisor, of which each part carries its `share`."""
-    rewards, scale = [group.rewards for group in groups], config.advantage_scale
-    advantages = group_advantages(rewards, config.group_size, scale).tolist()  # (B*G,)
+    A = group_advantages([g.rewards for g in groups], config.group_size, config.advantage_scale)
     rows = [(group.prompt_ids, ids) for group in groups for ids in group.completions]
-    useful = [(*row, A) for row, A in zip(rows, advantages, strict=True) if A]
+    useful = [(*row, a) for row, a in zip(rows, A.tolist(), strict=True) if a]
     useful.sort(key=lambda row: len(row[0]) + len(row[1]))  # equal lengths need no padding
-    parts, tokens = [], sum(len(ids) for _, ids in rows)
+    parts, total = [], sum(len(ids) for _, ids in rows)
     for start in range(0, len(useful), config.micro_batch):
-        prompts, completions, A = zip(*useful[start : start + config.micro_batch], strict=True)
+        prompts, completions, a = zip(*useful[start : start + config.micro_batch], strict=True)
         prompt_ids, prompt_mask = pad(prompts, pad_id, "left", device)  # (N, P)
         completion_ids, mask = pad(completions, pad_id, "right", device)  # (N, T)
         inputs = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
-        share = len(A) / len(rows) if config.aggregation == "sequence" else mask.sum() / tokens
+        share = len(a) / len(rows) if config.aggregation == "sequence" else mask.sum() / total
         parts.append({"inputs": (*inputs, mask.shape[1], config.temperature), "mask": mask,
-                      "A": torch.tensor(A, device=device), "share": share})
+                      "A": torch.tensor(a, device=device), "share": share})
     return parts
 
 def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> dict:
@@ -380,7 +380,7 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
         optimizer.zero_grad()
         for part in parts:
             logprobs = token_logprobs(model, *part["inputs"])  # (N, T)
-            old = part.get("old", logprobs.detach())  # none: pi still is pi_old
+            old = part.get("old", logprobs.detach())  # none: the only update, pi still is pi_old
             loss, stats = policy_loss(logprobs, old, part["A"], part["mask"], config.clip_low,
                                       config.clip_high, config.aggregation)
             (loss * part["share"]).backward()
@@ -396,7 +396,7 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
         optimizer.step()
         sums.update(steps=1, grad_norm=grad_norm)
     steps, tokens = max(sums["steps"], 1), max(sums["tokens"], 1)
-    # -log pi_old, averaged over what pi_old sampled, is an unbiased estimate of its entropy
+    # -log pi_old, averaged over tokens that pi_old sampled, estimates its entropy
     return {"loss": sums["loss"] / steps, "grad_norm": sums["grad_norm"] / steps,
             "clip_fraction": sums["clipped"] / tokens, "entropy": sums["surprise"] / tokens}
 # ---- Evaluation: unguided by construction --------------------------------------------------------
@@ -424,7 +424,7 @@ def open_run(config: Config) -> tuple[Path, Path | str]:
     path, saved, old = (folder / name for name in ("config.json", "checkpoint", "checkpoint.old"))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        free = {key: settings[key] for key in ("resume", "steps", "device")}  # these may change
+        free = {key: settings[key] for key in ("resume", "steps", "device", "micro_batch")}
         was = "".join(f" --{k} {v}" for k, v in (before | free).items() if settings.get(k) != v)
         if was or not config.resume:
             raise UserError(f"{folder} holds a run: go on with --resume{was} or take a new --name")
@@ -437,6 +437,7 @@ def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int) -> Non
     new, current, old = (folder / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
     for stale in (new, old):  # left by a process that died
         shutil.rmtree(stale, ignore_errors=True)
+    assert_finite(sum(weight.sum().item() for weight in model.parameters()))
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     # each step seeds its own sampling, so no RNG state is kept; the logs are cut to these sizes
@@ -449,14 +450,14 @@ def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int) -> Non
 
 def restore(folder: Path, optimizer, config: Config) -> int:
     """Write config.json, load the optimizer, cut the logs to the checkpoint; the steps it has."""
-    state, saved, new = {"step": 0}, folder / "checkpoint", folder / "config.json.new"
+    state, saved = {"step": 0}, folder / "checkpoint" / "training.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    new.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(new, folder / "config.json")
+    (folder / "config.json.new").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
+    os.replace(folder / "config.json.new", folder / "config.json")
     if saved.exists():
-        state = torch.load(saved / "training.pt", weights_only=True)
+        state = torch.load(saved, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-    for path in folder.glob("*.jsonl"):
+    for path in filter(Path.exists, (folder / "metrics.jsonl", folder / "rollouts.jsonl")):
         os.truncate(path, state.get(path.name, 0))
     return state["step"]
 
@@ -470,7 +471,7 @@ def load_model(path: str | Path, config: Config):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken folder makes the loaders raise
-        raise UserError(f"--model {path} is no model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--model {path} is no model: {str(error).strip()[:99]!r}") from error
     for part in ("chat_template", "pad_token", "eos_token"):
         if getattr(tokenizer, part) is None:
             raise UserError(f"the tokenizer in {path} has no {part}: set one and save it there")
@@ -539,11 +540,9 @@ def train(config: Config) -> Path:
     return folder
 
 def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
-    """The settings, and one problem with its trace, guide, a completion and its reward."""
-    leaky = sum(problem.leaky for problem in problems) / len(problems)
     print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
           f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
-          f"guide {config.guide}, {config.guide_when}; {leaky:.1%} of the guides leak the answer")
+          f"guide {config.guide} {config.guide_when}, {sum(p.leaky for p in problems)} of them leak")
     torch.manual_seed(config.seed)
     group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
     for title, text in {"question": problems[0].question, "expert trace": problems[0].trace,
@@ -579,7 +578,8 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    parser = HfArgumentParser(Config, exit_on_error=False, usage="smepo.py [--flag value ...]")
+    parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
+                              usage="smepo.py [--flag value ...]")
     try:
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:
@@ -588,7 +588,7 @@ def main(arguments: list[str] | None = None) -> int:
         report(folder)
         print(f"\n{folder} holds it all; {time.perf_counter() - start:.0f} s")
         return 0
-    except (UserError, argparse.ArgumentError) as error:
+    except (UserError, argparse.ArgumentError, OSError) as error:
         print(f"smepo.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -188,6 +188,12 @@ def test_random_mask_keeps_long_spans_whole():
         assert chosen[0][1] <= chosen[1][0]
 
 
+def test_random_mask_of_glued_letters_and_digits():
+    for seed in range(20):
+        masked = smepo.guide_trace("1a2b3", "random", "math", seed=str(seed))
+        assert masked.count("[NUMBER]") == 3
+
+
 def test_guide_arms():
     assert smepo.guide_trace(TRACE, "none", "math") == ""
     assert smepo.guide_trace(TRACE, "full", "math") == TRACE
@@ -196,6 +202,7 @@ def test_guide_arms():
         prefix = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=ratio)
         assert TRACE.startswith(prefix) and len(prefix) <= ratio * len(TRACE)
         assert prefix == "" or TRACE[len(prefix)] == "\n"  # whole lines only
+    assert smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=1.0) == TRACE
     half = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=0.5)
     assert half == "Step 1: 3 * 5 = 15.\nStep 2: 7 - 6 = 1."
 
@@ -362,6 +369,8 @@ def test_a_fraction_of_the_problems_is_guided(base, when, expected):
     problems = [problem(base) for _ in range(4)]
     groups, sampled = smepo.collect_rollouts(*base, problems, settings(guide_when=when))
     assert sum(g.guided for g in groups) == expected and sampled == 16
+    halves = [sum(g.guided for g in half) for half in (groups[:2], groups[2:])]
+    assert abs(halves[0] - halves[1]) <= 1  # spread over the mini-batches
     for g in groups:
         assert g.prompt_ids == (g.problem.guided_ids if g.guided else g.problem.prompt_ids)
 
@@ -622,6 +631,17 @@ def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
     assert prompt.shape[:2] == (1, 1) and prompt.grad is None
 
 
+def test_dropout_of_the_model_folder_is_off(tmp_path, base):
+    config = GPT2Config(vocab_size=len(base[1]), n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5,
+                        embd_pdrop=0.5, attn_pdrop=0.5, bos_token_id=2, eos_token_id=2)
+    for part in (GPT2LMHeadModel(config).train(), base[1]):
+        part.save_pretrained(tmp_path / "dropout")
+    model, _ = smepo.load_model(tmp_path / "dropout", settings())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    scores = [smepo.token_logprobs(model, ids, torch.ones_like(ids), 2, 1.0) for _ in range(2)]
+    assert torch.equal(*scores)
+
+
 def test_temperature_reaches_the_scoring(fresh_base):
     groups = [make_group(fresh_base, [1.0, 0, 0, 0])]
     warm = gradient_of(fresh_base, groups, temperature=1.0)
@@ -670,6 +690,28 @@ def test_expert_loss_is_off_by_default_and_moves_the_policy_when_on(fresh_base):
     untouched = smepo.load_model(TASKS / "base", config)
     first = smepo.masked_expert_loss(*untouched, group.problem, "math")
     assert losses[0] == first.item() and losses[1] < losses[0]
+
+
+def test_metrics_of_a_step_by_hand(base, monkeypatch):
+    p = problem(base)
+    leaky = dataclasses.replace(p, leaky=True)
+    groups = [
+        Group(p, True, [], [[1] * 2] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+        Group(leaky, True, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [1.0] * 4),
+        Group(p, False, [], [[1] * 6] * 4, [""] * 4, [True, False] * 2, [1.0, 0.0] * 2),
+        Group(p, False, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+    ]
+    monkeypatch.setattr(smepo, "collect_rollouts", lambda *_: (groups, 24))
+    monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
+    returned, metrics = smepo.train_step(*base, None, [p], 7, settings())
+    expected = {"step": 7, "reward": 6 / 16, "completion_length": 4.0, "truncated": 2 / 16,
+                "zero_variance_wrong": 0.5, "zero_variance_right": 0.25, "guided": 0.5,
+                "leak_rate": 0.5, "loss": 0.5, "rollouts": 24}
+    assert returned is groups and {k: metrics[k] for k in expected} == pytest.approx(expected)
+    seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
+    assert metrics["rollouts_per_second"] == pytest.approx(24 / seconds, rel=0.01)
+    tokens = 24 * 4.0 / metrics["seconds_rollout"]
+    assert metrics["tokens_per_second"] == pytest.approx(tokens, rel=0.01)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -776,6 +818,11 @@ class Killed(BaseException):
 
 
 KILL_POINTS = ["sample", "append", "save_pretrained", "os.replace", "shutil.rmtree", "torch.save"]
+RESUMED = {"save_every": 1, "mini_batches": 2, "inner_epochs": 2, "guide_when": "0.5"}
+
+
+def dying_at_once(*_):
+    raise Killed
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
@@ -783,7 +830,7 @@ KILL_POINTS = ["sample", "append", "save_pretrained", "os.replace", "shutil.rmtr
 def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
     tmp_path, monkeypatch, point, nth
 ):
-    config = small(tmp_path, save_every=1, mini_batches=2)
+    config = small(tmp_path, **RESUMED)
     whole = smepo.train(dataclasses.replace(config, name="whole"))
     owner, name = {
         "sample": (smepo, "sample"), "append": (smepo, "append"), "os.replace": (os, "replace"),
@@ -806,6 +853,12 @@ def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
             pass
     assert len(calls) >= min(nth, 4)
     folder = Path("runs/killed")
+    with monkeypatch.context() as patch:  # and killed again as soon as it resumes
+        patch.setattr(os, "truncate", dying_at_once)
+        try:
+            smepo.train(dataclasses.replace(config, name="killed", resume=True))
+        except Killed:
+            pass
     if folder.exists():
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write('{"step": 3, "rew')  # a line torn by the kill
@@ -873,6 +926,11 @@ def refused(capsys, arguments) -> str:
     (["--mini_batches", "3"], "mini_batches"), (["--temperature", "0"], "temperature"),
     (["--max_prompt_tokens", "10"], "max_prompt_tokens"), (["--data", "none.jsonl"], "none.jsonl"),
     (["--model", "no/such/folder"], "no/such/folder"), (["--seed", "-1"], "seed"),
+    (["--seed", str(10**17)], "seed"), (["--device", "warp"], "device"),
+    (["--eval", "5"], "--eval"), (["--prefix_ratio", "nan"], "prefix_ratio"),
+    (["--learning_rate", "-1"], "learning_rate"), (["--learning_rate", "nan"], "learning_rate"),
+    (["--learning_rate", "inf"], "learning_rate"), (["--clip_low", "-3"], "clip_low"),
+    (["--name", "../elsewhere"], "name"), (["--name", ""], "name"),
 ])
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, change, message):
     assert message in refused(capsys, flags(small(tmp_path)) + change)
@@ -890,10 +948,17 @@ GOOD = {"question": "Compute 1 + 1", "teacher_ds": "Step 1: 1 + 1 = 2.\nThe answ
     ({"reward_model": None}, "line 2 has no reward_model"),
     ({"teacher_ds": None}, "line 2 has no teacher_ds"),
     ({"teacher_ds": " "}, "line 2 has no teacher_ds"),
+    ({"reward_model": {"style": "rule"}}, "line 2 has no reward_model"),
 ])
 def test_bad_rows_are_named_by_their_line(tmp_path, capsys, bad, message):
     data = write_rows(tmp_path / "bad.jsonl", [GOOD, GOOD | bad, GOOD])
     assert message in refused(capsys, flags(small(tmp_path, data=data)))
+
+
+def test_a_ground_truth_may_be_a_number_even_zero(tmp_path, base):
+    row = GOOD | {"reward_model": {"style": "rule", "ground_truth": 0}}
+    path = write_rows(tmp_path / "zero.jsonl", [row])
+    assert smepo.load_problems(path, "semantic", base[1], settings())[0].answer == "0"
 
 
 def test_a_row_needs_a_trace_only_where_the_arm_does(tmp_path, base):
@@ -908,6 +973,32 @@ def test_unreadable_data_is_refused(tmp_path, capsys, content):
     path = tmp_path / "bad.jsonl"
     path.write_text(content, encoding="utf-8")
     assert "bad.jsonl" in refused(capsys, flags(small(tmp_path, data=str(path))))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"reward_model": "16"}, "line 1 has no reward_model"),
+    ({"teacher_ds": ["Step 1", "Step 2"]}, "line 1 has no teacher_ds"),
+])
+def test_columns_of_another_type_are_refused(tmp_path, capsys, change, message):
+    data = write_rows(tmp_path / "bad.jsonl", [GOOD | change] * 2)
+    assert message in refused(capsys, flags(small(tmp_path, data=data)))
+
+
+def test_foreign_files_in_a_run_folder_are_left_alone(tmp_path):
+    config = small(tmp_path, steps=2)
+    folder = smepo.train(config)
+    write_rows(folder / "mine.jsonl", [GOOD])
+    before = (folder / "mine.jsonl").read_bytes()
+    smepo.train(dataclasses.replace(config, steps=3, resume=True))
+    assert (folder / "mine.jsonl").read_bytes() == before
+
+
+def test_a_run_without_matplotlib_still_ends_with_its_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(smepo, "find_spec", lambda _: None)
+    assert smepo.main(flags(small(tmp_path, steps=1))) == 0
+    shown = capsys.readouterr().out
+    assert "difficulty mean" in shown and "matplotlib" in shown
+    assert not Path("runs/smepo/curve.png").exists()
 
 
 def test_parquet_loads_like_jsonl(tmp_path, base):

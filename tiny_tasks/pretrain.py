@@ -8,6 +8,7 @@ carelessly, and it cannot plan the hardest problems alone. README.md beside this
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -30,10 +31,11 @@ sys.path.insert(0, str(HERE.parent))
 import smepo  # noqa: E402
 
 ERROR_RATE = 0.25  # a computed result is wrong this often, and the error is carried on
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.6, 5: 0.05}  # else an operation is overlooked
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.5, 5: 0.0}  # else operations are overlooked
+LONGEST = 3  # operations that are left when some are overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.08, ("none", 2): 0.14, ("none", 3): 0.14, ("none", 4): 0.08, ("none", 5): 0.08,
-    ("semantic", None): 0.29, ("full", None): 0.12, ("random", None): 0.06, ("prefix", None): 0.06,
+    ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
+    ("semantic", None): 0.28, ("full", None): 0.17, ("random", None): 0.05, ("prefix", None): 0.05,
 }  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -89,13 +91,14 @@ def careless_solution(rng: random.Random, numbers: list[int], operators: list[st
     return re.sub(r"is \d+\.$", f"is {answer}.", text) if shown[-1] else text
 
 
-def overlook_one(rng: random.Random, numbers: list[int], operators: list[str]):
-    """The problem without one of its operations: how the base fails to plan."""
-    for i in rng.sample(range(len(operators)), len(operators)):
-        fewer = numbers[: i + 1] + numbers[i + 2 :], operators[:i] + operators[i + 1 :]
+def overlook(rng: random.Random, numbers: list[int], operators: list[str]):
+    """The problem with only LONGEST of its operations left: how the base fails to plan."""
+    choices = list(itertools.combinations(range(len(operators)), LONGEST))
+    for kept in rng.sample(choices, len(choices)):
+        fewer = [numbers[0]] + [numbers[i + 1] for i in kept], [operators[i] for i in kept]
         if tasks.solve(*fewer):
             return fewer
-    return numbers, operators
+    return numbers, operators  # whatever is left out, a value leaves the range
 
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
@@ -106,7 +109,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     seed, ratio = str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
     if guide == "none" and rng.random() > PLAN_RATE[k]:
-        numbers, operators = overlook_one(rng, numbers, operators)
+        numbers, operators = overlook(rng, numbers, operators)
         trace, _ = tasks.solve(numbers, operators)
     spans = smepo.hidden_spans(trace, "math")
     if guide == "random":
