@@ -193,7 +193,7 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
         prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
-        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # the template did
+        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # template did
         if len(guided) > config.max_prompt_tokens:
             raise UserError(f"{path} line {line}: {len(guided)} tokens, raise --max_prompt_tokens")
         problems.append(Problem(question, answer, trace, str(row.get("difficulty", "all")), shown,
@@ -542,7 +542,7 @@ def train(config: Config) -> Path:
 def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
     print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
           f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
-          f"guide {config.guide} {config.guide_when}, {sum(p.leaky for p in problems)} of them leak")
+          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} guides leak")
     torch.manual_seed(config.seed)
     group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
     for title, text in {"question": problems[0].question, "expert trace": problems[0].trace,
