@@ -65,7 +65,7 @@ class Config:
         "semantic", "what is shown of the trace: none is GRPO, semantic is SMEPO")
     guide_when: str = flag("always", "always, on-failure (of the unguided group) or a fraction")
     prefix_ratio: float = flag(0.5, "the part of the trace that guide=prefix shows")
-    steps: int = flag(100, "rollout batches to train on (paper: 400-500)")
+    steps: int = flag(60, "rollout batches to train on (paper: 400-500)")
     prompts_per_step: int = flag(16, "B, problems in a rollout batch (paper: 32)")
     group_size: int = flag(8, "G, rollouts of each problem (paper: 8)")
     mini_batches: int = flag(1, "optimizer steps a batch (paper: 4); at 1 no ratio leaves 1")

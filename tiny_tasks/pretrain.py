@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 import smepo  # noqa: E402
 
 ERROR_RATE = 0.25  # a computed result is wrong this often, and the error is carried on
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.5, 5: 0.0}  # else operations are overlooked
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else operations are overlooked
 LONGEST = 3  # operations that are left when some are overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
