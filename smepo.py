@@ -87,6 +87,7 @@ class Config:
     save_every: int = flag(10, "steps between checkpoints")
     seed: int = flag(0, "same seed, same machine, same result")
     device: str = flag("auto", "auto, cpu, cuda or mps")
+    threads: int = flag(1, "CPU threads; more help a model larger than the toy's")
 
     def __post_init__(self):
         m, fraction = self.mini_batches, r"always|on-failure|0?\.\d+|[01](\.0*)?"
@@ -247,8 +248,7 @@ def read_prompts(model, ids: Tensor, mask: Tensor):
     assert_finite(read.logits.sum().item())
     return read.past_key_values
 
-def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
-    """[5, 6, 2, 2] -> [5, 6, 2] for EOS 2: the first was sampled, generate pads what follows."""
+def until_eos(ids: Ids, eos_ids: Ids) -> Ids:  # the first was sampled, generate pads what follows
     return next((ids[: t + 1] for t, token in enumerate(ids) if token in eos_ids), ids)
 
 @torch.no_grad()
@@ -400,8 +400,7 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
     return {"loss": sums["loss"] / steps, "grad_norm": sums["grad_norm"] / steps,
             "clip_fraction": sums["clipped"] / tokens, "entropy": sums["surprise"] / tokens}
 # ---- Evaluation: unguided by construction --------------------------------------------------------
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right (2107.03374): pass_at_k(4, 1, 2) = 0.5"""
+def pass_at_k(samples: int, correct: int, k: int) -> float:  # unbiased, arXiv 2107.03374
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
@@ -512,6 +511,7 @@ def on_ctrl_c(*_):
 
 def train(config: Config) -> Path:
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
+    torch.set_num_threads(config.threads)
     folder, start = open_run(config)
     model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
