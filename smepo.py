@@ -18,7 +18,6 @@ another prompt c, and the evaluation shows no trace. Each line is a function bel
     advantage   A_i = (r_i - mean r) / (std r + eps)                 group_advantages
     ratio       rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)    token_logprobs
     loss        -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)   policy_loss
-
 Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt, T completion tokens.
 Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for the rest.
 """
@@ -542,7 +541,9 @@ def train(config: Config) -> Path:
 def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
     print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
           f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
-          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} guides leak")
+          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} guides leak\n"
+          f"train {config.steps} steps of {config.prompts_per_step} problems x {config.group_size} "
+          f"rollouts, learning rate {config.learning_rate:g}, seed {config.seed}")
     torch.manual_seed(config.seed)
     group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
     for title, text in {"question": problems[0].question, "expert trace": problems[0].trace,
@@ -584,8 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:
             raise UserError(f"unknown flag {rest[0]}: --help lists them all")
-        folder = train(config)
-        report(folder)
+        report(folder := train(config))
         print(f"\n{folder} holds it all; {time.perf_counter() - start:.0f} s")
         return 0
     except (UserError, argparse.ArgumentError, OSError) as error:
