@@ -541,7 +541,7 @@ def train(config: Config) -> Path:
 def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
     print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
           f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
-          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} guides leak\n"
+          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} leak\n"
           f"train {config.steps} steps of {config.prompts_per_step} problems x {config.group_size} "
           f"rollouts, learning rate {config.learning_rate:g}, seed {config.seed}")
     torch.manual_seed(config.seed)
