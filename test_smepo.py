@@ -574,6 +574,16 @@ def test_zero_variance_groups_move_nothing_and_cost_no_forward(fresh_base, monke
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_mini_batch_without_signal_takes_no_step_and_enters_no_average(fresh_base):
+    model, tokenizer = fresh_base
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    groups = [make_group(fresh_base, [1.0, 0, 0, 0]), make_group(fresh_base, [0.0] * 4)]
+    alone = smepo.update(model, tokenizer, optimizer, groups[:1], settings(prompts_per_step=1))
+    config = settings(prompts_per_step=2, mini_batches=2)
+    both = smepo.update(model, tokenizer, optimizer, groups, config)
+    assert both["grad_norm"] == pytest.approx(alone["grad_norm"]) and alone["grad_norm"] > 0
+
+
 def spy_on_ratios(monkeypatch) -> list[float]:
     """The largest |log ratio| of each policy_loss call, in order."""
     seen, policy_loss = [], smepo.policy_loss
