@@ -1063,6 +1063,18 @@ def test_a_step_that_is_not_finite_is_refused_and_the_last_checkpoint_stays(
     assert step >= 2 and all(p.isfinite().all() for p in weights(Path("runs/smepo")))
 
 
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(fresh_base, monkeypatch):
+    model, tokenizer = fresh_base
+    before, policy_loss = [p.clone() for p in model.parameters()], smepo.policy_loss
+    monkeypatch.setattr(smepo, "policy_loss", lambda *a: (policy_loss(*a)[0] * math.inf, {
+        "clip_fraction": torch.tensor(0.0)}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    groups = [make_group(fresh_base, [1.0, 0, 0, 0])]
+    with pytest.raises(UserError, match="not finite"):
+        smepo.update(model, tokenizer, optimizer, groups, settings(prompts_per_step=1))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_a_model_whose_outputs_are_not_finite_is_refused(tmp_path, capsys, base):
     model, tokenizer = smepo.load_model(TASKS / "base", settings())
     with torch.no_grad():
