@@ -200,7 +200,7 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
                                 leaks(shown, answer, config.domain), plain, guided))
     return problems
 
-STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|answer is:?\s*([^\n]+)", re.IGNORECASE)
+STATED = re.compile(r"(?im)\\boxed\{([^{}]*)\}|####\s*([^\n]+)|answer is:? *([^\n]+?)(?:\.\s|\.?$)")
 
 def same_answer(given: str, truth: str) -> bool:
     """Numbers compare by value (42.0 is 42, 1,234 is 1234), everything else as text."""

@@ -264,6 +264,9 @@ def test_shipped_traces_are_right():
     ("#### 74", "74", 1.0),
     ("The answer is 16. No, wait: the answer is 17.", "16", 0.0),
     ("The answer is 17. No, wait: the answer is 16.", "17", 0.0),
+    ("The answer is 16. No, wait: the answer is 17.", "17", 1.0),
+    ("The answer is 3.5.\nSo the answer is 4.5", "4.5", 1.0),
+    ("The answer is 3.5.\nSo the answer is 4.5", "3.5", 0.0),
     ("Step 1: 2 + 2 = 16.", "16", 0.0),  # a number in passing is no answer
     ("The answer is", "16", 0.0),
     ("The answer is [NUMBER].", "16", 0.0),
@@ -877,6 +880,14 @@ def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
     names = {path.name for path in folder.iterdir()}
     # nothing half-written is left
     assert names == {"config.json", "checkpoint", "metrics.jsonl", "rollouts.jsonl"}
+
+
+def test_a_kill_between_the_two_renames_loses_no_step(tmp_path):
+    config = small(tmp_path, steps=2)
+    folder = smepo.train(config)
+    os.replace(folder / "checkpoint", folder / "checkpoint.old")
+    _, start = smepo.open_run(dataclasses.replace(config, resume=True))
+    assert start == folder / "checkpoint" and (start / "training.pt").exists()
 
 
 def test_resume_of_a_longer_run_and_of_a_finished_one(tmp_path):
