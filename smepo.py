@@ -193,7 +193,7 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
         prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
-        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # template did
+        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # text has all
         if len(guided) > config.max_prompt_tokens:
             raise UserError(f"{path} line {line}: {len(guided)} tokens, raise --max_prompt_tokens")
         problems.append(Problem(question, answer, trace, str(row.get("difficulty", "all")), shown,
