@@ -22,7 +22,9 @@ Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt, 
 Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for the rest.
 """
 import argparse
+import ast
 import json
+import keyword
 import math
 import os
 import random
@@ -31,8 +33,12 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -59,7 +65,7 @@ class Config:
     model: str = flag("tiny_tasks/base", "the base model, a Hugging Face folder or hub id")
     data: str = flag("tiny_tasks/arithmetic_train.jsonl", "training problems, jsonl or parquet")
     test_data: str = flag("tiny_tasks/arithmetic_test.jsonl", "held-out problems, asked unguided")
-    domain: Literal["math"] = flag("math", "what is masked, and how answers compare")
+    domain: Literal["math", "search"] = flag("math", "what is masked, and how answers compare")
     guide: Literal["none", "full", "prefix", "random", "semantic"] = flag(
         "semantic", "what is shown of the trace: none is GRPO, semantic is SMEPO")
     guide_when: str = flag("always", "always, on-failure (of the unguided group) or a fraction")
@@ -103,20 +109,308 @@ class Config:
             good, rule = rules.get(name, (True, f"a number of at least {least}"))
             if not good or least is not None and not least <= value < 2**31:
                 raise UserError(f"--{name} {value}: it must be {rule}")
-# ---- Masking: the spans of a trace that the reward depends on ------------------------------------
-# One pass from left to right, whose first alternatives are what to keep: "Step 1:" is consumed
-# before the number pattern can see its 1. So no placeholder is needed, nothing is masked twice.
+# ---- Answers: how the verifier reads and compares them -------------------------------------------
+BRACED = ""  # balanced, five deep
+for _ in range(5):
+    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
+STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|(?:####|<answer>|answer(?: is:?|:))"
+                    r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
+NUMERAL = re.compile(
+    r"([-+]?)(?:(\d+) ?(?= \d+/))? ?(\d+\.?\d*|\.\d+)(?:/(\d+))?(?:e(-?\d{1,3}))?%?")
+SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+         "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
+         "eighty ninety").split()
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
+VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES | PARTS
 
-LABEL = r"\b(?i:step|case|part|lemma|theorem|equation)\s+\d+(?:\.\d+)*(?!\w)|^[ \t]*\d+[.)](?=\s)"
-NUMBER = r"(?:(?<![\w)\]}])[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?%?"
-MATH = re.compile(rf"(?P<keep>{LABEL}|[A-Za-z]+_\d+)|(?P<number>{NUMBER})", re.MULTILINE)
-PIECE = re.compile(r"\d+|[^\W\d]+|[^\w\s]")
+def stated(text: str) -> str:
+    """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
+    said = [match[match.lastindex] for match in STATED.finditer(text)]
+    return said[-1].strip(" *") if said else ""
+
+def plain(text: str) -> str:
+    """Without what only typesets: `$\\text{(B)}$.` is `(b)`."""
+    text = re.sub(r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right|displaystyle)|\\[,!;: ]|\\?\$|\^\{?\\circ\}?|°|\*\*", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text.replace("−", "-")).strip(" \t\r\n.").casefold()
+
+def number_value(text: str) -> Fraction | None:
+    """42.0, 1,234, \\frac14, 2 1/2, ½, 3 \\times 10^8, 50% (as 50), forty-two; None: no number."""
+    text = plain(text) if len(text) < 100 else ""
+    words, total, part = re.findall(r"[^\W\d_]+|\d", text.replace(" and ", " ")), 0, 0
+    if words and all(word in VALUES for word in words):  # one hundred and five, three dozen
+        for value in map(VALUES.get, words):
+            part = (part or 1) * value if value in SCALES.values() or value < 1 else part + value
+            total, part = (total + part, 0) if value >= 1000 else (total, part)
+        return Fraction(total + part)
+    for pattern, instead in ((r"(?<=\d)(?:,|\{,\}|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
+                             ("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
+                             (r"\\frac ?(\{[^{}]*\}|\d) ?(\{[^{}]*\}|\d)", r" \1/\2"), ("⁄", "/"),
+                             (r" ?(?:\\times|\\cdot|[×·*]) ?10 ?\^ ?", "e"), (r"[\\{}]", "")):
+        text = re.sub(pattern, instead, text)
+    match = NUMERAL.fullmatch(text.strip())
+    if not match or match[4] and not int(match[4]):
+        return None
+    sign, whole, value, below, power = match.groups()
+    value = int(whole or 0) + Fraction(value) / int(below or 1) * Fraction(10) ** int(power or 0)
+    return -value if sign == "-" else value
+
+def same_answer(given: str, truth: str, domain: str) -> bool:
+    """Numbers compare by value (1,234 is 1234, \\frac14 is 0.25), all else as normalised text."""
+    if (value := number_value(truth)) is not None:
+        return number_value(given) == value
+    if domain == "search":  # words, without articles and punctuation
+        sides = [re.findall(r"\w+|^\W+$", text.casefold()) for text in (given, truth)]
+        a, b = ([w for w in side if w not in ("a", "an", "the")] or side for side in sides)
+    else:  # x^{2} is x^2 and (B) is B
+        sides = [re.sub(r"\s|\{(?=\w\})|(?<=\{\w)\}", "", plain(text)) for text in (given, truth)]
+        a, b = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
+    return a == b
+
+def reward(completion: str, ground_truth: str, domain: str) -> float:
+    """1.0 if the last answer that the completion states is right, else 0.0."""
+    said = stated(completion)
+    return float(said != "" and same_answer(said, ground_truth, domain))
+# ---- Masking: the spans of a trace that the reward depends on ------------------------------------
+# Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1:" is
+# consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
+# twice. Every repeat is bounded, or ends where the next begins: no text can make the search slow.
+
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
 Ids = list[int]  # token ids
+MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
+LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
+B, E = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # where a word begins and ends; \b sees digits, too
+HAN = "〇零一二两三四五六七八九十百千万亿"
+SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
+
+ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[A-Za-z]|"
+      rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
+KEEP_WORDS = (  # "Step 1", "Cases 1, 2 and 3"; but no "equation 2 = x" and no "case 17 draws"
+    r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|was|has|gives|shows|says)[a-z]+s\b))(?i:step|"
+    r"case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|eqn?|formula|"
+    r"figure|fig|table|section|chapter|problem|question|example|property|condition|remark|definition|thm|"
+    rf"prop|subcase|method|solution)(?:s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}|"
+    rf"\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID})"
+    r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))|"
+    # "from (1) and (2)", no "multiply by (5)"; "the two roots"; "one can"; "the worst case" of 17
+    r"(?i:from|in|into|and|with|via|see|of|both|(?:us|add|subtract|combin|substitut|insert)ing|eq\.?"
+    r"|(?<!ly )(?<!lied )(?<!ide )(?<!ided )by) \(\d{1,2}[a-c']?\)|"
+    rf"(?i:the|these|those) (?:two|three|four|five|six){E}(?= (?!{'|'.join(SCALES)})[a-z]{{2}})|"
+    rf"(?i:no (?:one|two){E}|one(?= (?:can|could|may|might|must|should|would|has|by|of){E}))|"
+    r"(?i:\w{2,9}st|base|th[aei]\w{0,3}|each|every|any|one|both|all|next) (?:case|step|part)s?" + E)
+KEEP_SIGNS = (  # x_1, \alpha_{n+1}, x₁, P2, cm^2; but the limits of an integral are values
+    r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\\(?!int|sum|prod|log|lim)[A-Za-z]+|"
+    r"\})'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)|"
+    r"(?<![\w\\])(?:[A-Za-z]\d{1,2}|[kcdm]?m(?:[²³]|\^\{?[23]\}?))(?!\w|[.,]\d)|"
+    r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}|"  # \tag{1}, (1) ending a line
+    r"\((?<=\s\()\d{1,2}\)(?=[.,;]?[ \t]{0,3}\r?$)|</?[A-Za-z]\w{0,20}/?>|"
+    rf"第[\d{HAN}]{{1,3}}|(?:步骤|情况|情形|引理|定理|方程|ステップ)[ (（]?[\d{HAN}]{{1,3}}")
+NUMBERING = (  # 1. or 2) or (3) or **4.** or "## 5 Title"; but "#### 6" is an answer
+    r"^[ \t>]*(?:[-*+] )?(?:#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\)|\[\d+\]|"
+    r"\(?[IVXivx]{1,4}[.)])(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d{1,2}(?:\.\d{1,2})*(?= [A-Z])")
+SIGN = r"(?:(?<![\w)\]}!'])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # else an operator: 7 - 6, n(n-3)
+DIGITS = (r"(?:\d+(?:(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])\d{3}(?!\d))*(?:\.\d+)?|"
+          r"(?<![\w.])\.\d+)(?::\d\d){0,2}(?: ?[ap]\.?m\b\.?)?")  # 42, 15{,}600, 3.25, .5, 7:45 pm
+FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d)| ?[¼-¾⅐-\u2188]"
+POWER = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?(?:\^ ?\{?[-−+]?\d+\}?|[⁺⁻⁰¹²³⁴-⁹]+)|[eE][-+]?\d+(?!\w)"
+FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC}|{POWER})?|{FRAC})"
+           rf"(?: ?\\?%|(?:st|nd|rd|th){E}|[ -](?:{'|'.join(SCALES)}){E})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
+WORD = (rf"(?:(?:{'|'.join(SMALL[:10:-1] + SMALL[10:1:-1] + [*SCALES])}|zero)(?:th|s|ths)?|one|"
+        r"first|second|thirds?|(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|half|halves|quarters?)")
+SPELLED = (rf"(?i:(?:an? (?=hundred|thousand|million|dozen|half|quarter|third)|negative )?{WORD}"
+           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){E}")
+ROMAN = (r"(?=[IVXL]{2}|[IVXLCDM]{4})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})"
+         rf"(?:I[XV]|V?I{{0,3}}){E}")
+COUNTED = rf"[{HAN}]{{2,}}|[二两三四五六七八九十](?=[个只本元岁人天年月日次倍米张条种])"
+MATH = re.compile(
+    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{B}(?=[A-Za-z]{{2}})(?:{KEEP_WORDS})|{KEEP_SIGNS}|"
+    rf"{MASK}|\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
+    rf"(?P<number>(?![A-Za-z\s(#\[{{]){FIGURES}|{B}(?=[A-Za-z]{{2}})(?:{SPELLED}|{ROMAN})|{COUNTED})|"
+    rf"[{LATIN}]+|[ \t(){{}}]", re.MULTILINE)
+
+def math_spans(trace: str, answer: str) -> list[Span]:
+    """Numbers, and what is boxed."""
+    targets, spans = {number_value(a) for a in (answer, stated(trace))} - {None}, []
+    for match in MATH.finditer(trace):
+        number, box = match["number"], match["box"]
+        if number and (not SELDOM.fullmatch(number) or number_value(number) in targets):
+            spans.append((*match.span(), "[NUMBER]"))
+        elif box:
+            mask = "[ANSWER]" if number_value(box) is None else "[NUMBER]"
+            spans.append((*match.span("box"), mask))
+    return spans
+
+# How else the signs of an answer may be written, and what may stand between them.
+SPELLINGS = {"-": "[-−–]", "\\pi": rf"(?:\\pi{E}|π|{B}pi{E})", "\\infty": r"(?:\\infty|∞)", "/":
+             r"(?:/|\}\s?\{)?", "\\sqrt": r"(?:\\sqrt|√)", "^": r"(?:\^|\*\*)?", "\\le":
+             r"(?:\\leq?|≤|<=)", "\\ge": r"(?:\\geq?|≥|>=)", "*": r"(?:\\cdot|\\times|\*)?"}
+NOISE = r"(?:[\s{}()$]|\\[,;! ]|\\left|\\right|\\[dt]?frac){0,4}"
+
+def answer_spans(trace: str, answer: str) -> list[Span]:
+    """Wherever the answer stands, if it is no number; but a letter, yes and no, which are also
+    plain words, only where they are the conclusion."""
+    text = re.sub(r"\}\s?\{|(?<=frac\d)(?=\d)", "/", plain(answer)).replace("\\frac", "")
+    tokens = re.findall(r"\\?[^\W\d_]+|\d+|[^\s{}()\[\]\\]", text)
+    if (not re.search(r"[^\W_]", text) or re.search(MASK, answer) or len(tokens) > 50
+            or number_value(answer) is not None):
+        return []
+    pattern = NOISE.join(SPELLINGS.get(token, re.escape(token)) for token in tokens)
+    left = r"(?<![\d.])" if pattern[0].isdigit() else B if pattern[0].isalpha() else ""
+    right = r"(?!\d)" if pattern[-1].isdigit() else E if pattern[-1].isalpha() else ""
+    find = rf"(?:\\[dt]?frac\s?)?[\[({{]{{0,3}}{left}({pattern})s?{right}[\])}}]{{0,3}}"
+    if re.fullmatch("[a-z]|yes|no|true|false", pattern):
+        find = (rf"{B}(?:answer|choice|option|is|so|thus|hence|therefore)(?: is)?[\s:,*$]{{0,6}}"
+                rf"(?:\\text\w{{0,2}}\{{)?\(?({pattern})(?=[^\w\s'’-]|\s*$| because| since)|"
+                rf"\(({pattern}{{1}})\)")
+    return [(*match.span(match.lastindex), "[ANSWER]")
+            for match in re.finditer(rf"(?im){MASK}|{find}", trace) if match.lastindex]
+
+# Code: a block, by how it opens; lines that are statements; inline code that computes.
+KEYS = r"\\{0,3}\"(?:code|source(?:_code)?|script|program|python|cmd|command|input)"
+CODE = re.compile(
+    r"^(?P<quoted>(?:[ \t]*>)+)?[ \t]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
+    r".*(?:\n|\Z)([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?(?:\n|\Z)|(?(quoted)^(?![ \t]*>)|\Z)"
+    r"|\Z)|"
+    r"<(?P<tag>pre|code)\b[^>\n]{0,99}>([\s\S]*?)(?:</(?P=tag)>|\Z)|"
+    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\*?\}(?:\[[^]\n]{0,99}\])?(?:\{\w{0,20}\})?"
+    r"([\s\S]*?)(?:\\end\{(?P=tex)|\Z)|"
+    rf"(?={KEYS})(?P<end>\\{{0,3}}\")\w+(?P=end)\s{{0,3}}:\s{{0,3}}(?P=end)([\s\S]*?)"
+    r"(?:(?<!\\)(?P=end)|\Z)|"
+    rf"(?P<line>(?:(?!<(?:pre|code)\b|\\begin\{{|{KEYS})[^\n])+\n?|[^\n]|\n)", re.MULTILINE)
+INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
+NO_CODE = re.compile(rf"{MASK}|^(?:[A-Za-z]{{2,}}(?:-[A-Za-z]{{2,}})+|"  # left-to-right, O(n log n)
+                     r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*)\Z", re.DOTALL)
+PLAIN = (ast.Expr, ast.Name, ast.Constant, ast.Attribute, ast.Subscript, ast.Tuple, ast.List,
+         ast.Dict, ast.UnaryOp, ast.USub, ast.expr_context, ast.Pass, ast.Starred)
+PROSE = re.compile(rf"(?!(?:{'|'.join(keyword.kwlist)}|print)\b)"
+                   r"[A-Za-z][\w'’]*,? [\w'’-]+,? [\w'’-]+\b(?! ?[=(\[.:]\w)")
+OPERATOR = re.compile(
+    r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)|;$|^#include|^@\w")
+SESSION = re.compile(r"\s*(?:>>> ?|\.\.\. |In ?\[\d+\]:|\$ \w)")
+GOES_ON = re.compile(r"[ \t]|(?:else|elif|except|finally|catch)\b.*[:{]$|[)\]}]+[;,]?$|\}.*\{$|#")
+
+@lru_cache(10_000)
+def is_code(text: str, inline: bool) -> bool:
+    """Inline: does it compute, as `a[i] + 1` and `x = 2` do, but `x` and `O(n)` do not? A line
+    outside of any block: is it a statement, and no prose?"""
+    if NO_CODE.search(text) or len(text) > 300 or not inline and PROSE.match(text):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a trace may well hold "\d"
+            body = ast.parse(text + " pass" if text.endswith(":") else text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language, or a part
+        text = re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)
+        looks = inline or text[-1:] in tuple("([{;") or text[:1] == "@"
+        return looks and bool(OPERATOR.search(text))
+    if inline or not body:
+        return any(not isinstance(node, PLAIN) for line in body for node in ast.walk(line))
+    if isinstance(body[0], ast.Expr):
+        return isinstance(body[0].value, ast.Call) and not re.match(r"\w+ \(", text)
+    return not isinstance(body[0], ast.AnnAssign) and bool(re.search(r"[=(\[:]|import ", text))
+
+def code_spans(trace: str, answer: str) -> list[Span]:
+    """What a block holds, without its fence; runs of lines that are code; inline code."""
+    found, spans, run, session, blank = [], [], False, False, True
+    for match in CODE.finditer(trace):
+        text, line, code = match[0], match[0].strip(), False
+        if match.lastgroup != "line":
+            found.append(match.span(match.lastindex))
+        elif line:
+            prose = PROSE.match(line)
+            session = SESSION.match(text) or session and not prose  # and its output
+            goes_on = run and GOES_ON.match(text) or blank and text.startswith(("    ", "\t"))
+            code = bool(session or is_code(line, False) or goes_on and not (blank and prose))
+            if code:
+                found.append((found.pop()[0] if run else match.start(), match.end()))
+            found += [inline.span(2) for inline in INLINE.finditer(trace, *match.span())
+                      if not code and is_code(inline[2].strip(), True)]
+        else:
+            blank, session = True, False
+            continue
+        run, blank = code, False
+    for start, end in found:
+        start += len(re.match(r"[\s>]*", trace[start:end])[0])  # indentation stays
+        if start < end and not re.fullmatch(MASK, code := trace[start:end].rstrip()):
+            spans.append((start, start + len(code), "[CODE]"))
+    return spans
+
+# Search: a name begins with a capital, or is in another script; but a sentence does, too.
+STOP = """a an the i we you he she it they this that these those there here my our his her its
+their who whom whose which what when where why how is are was were be do does did has have had can
+could would if so no not yes and or but nor for in on at by to of from with as than since because
+although though while after before during until once also again however therefore thus hence
+finally first second third next then now last later meanwhile still only just both either neither
+each all any some many most another other according based given considering using find search look
+check compare identify determine verify confirm get let see note recall consider director author
+capital founder birthplace population date year title doc document source passage result question
+query answer step""".split()
+LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
+LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
+CAP = (rf"(?!(?:{'|'.join(map(str.title, STOP))}){E}(?!\.[ ]?[A-Z]))"
+       rf"(?:{B}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{E}){LETTER}+)*")  # O'Neil, Łódź, 北京
+NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
+NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
+ENTITY = re.compile(
+    rf"</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
+    rf"{B}(?i:step|doc|document|passage|result|source|hop|question|query) ?\#?\d+|(?P<number>"
+    rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){E})?%?(?: (?:{'|'.join(SCALES)}){E})?|"
+    rf"{B}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|{LETTER}+", re.MULTILINE)
+QUERY = re.compile(r"<(?:search|query|tool_call)>([^<]*)|\"query\"\s?:\s?\"([^\"\n]*)")
+OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
+WORDS = re.compile(rf"{MASK}|{LETTER}+")
+VERB = re.compile(rf"['’]s?{E}| (?:is|was|has|had|became|won|wrote|died|are|were){E}")
+
+@lru_cache(10_000)
+def key(word: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKD", word.casefold()) if c.isalnum())
+
+def search_spans(trace: str, answer: str) -> list[Span]:
+    """What <answer> holds; names, dates and quantities; and these again by an alias."""
+    given = re.finditer(r"<answer>\s*([^<]*[^<\s])", trace)
+    given = [match for match in given if not re.search(MASK, match[1])]
+    spans = [(*m.span(1), "[ANSWER]" if m[1].islower() else "[ENTITY]") for m in given]
+    names, unsure = [name for m in given for name in re.findall(CAP, m[1])], []
+    names += re.findall(CAP, answer)
+    for match in ENTITY.finditer(trace):
+        (start, end), number, name = match.span(), match["number"], match["name"]
+        if number and (number in SMALL[:13] or SELDOM.fullmatch(number)):
+            number = same_answer(number, answer, "math")  # two films: seldom what is asked for
+        elif name and name.isalpha() and not name[1:].isupper() and (
+                OPENS.search(trace, max(0, start - 9), start) and not VERB.match(trace, end)):
+            unsure.append(match)  # one word that opens a sentence: a name if it is known as one
+            continue
+        if number or name:
+            spans.append((start, end, "[ENTITY]"))
+            names.append(name or "")
+    words = [re.findall(f"{LETTER}+", name) for name in set(names)]
+    known = {key("".join(word[0] for word in name)) for name in words}  # UNESCO
+    known = {k for k in known.union(*(map(key, name) for name in words)) if len(k) > 1}
+    prose = set(re.findall(rf"{B}[{LOWER}]+{E}", QUERY.sub("", trace)))
+    asked = [word for query in QUERY.finditer(trace) if query.lastindex  # in lower case, perhaps
+             for word in WORDS.finditer(trace, *query.span(query.lastindex))
+             if word[0] not in prose]
+    return spans + [(*m.span(), "[ENTITY]") for m in unsure + asked if key(m[0]) in known]
+
+DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
-    """The reward-relevant spans, left to right, without overlap."""
-    return [(*m.span(), "[NUMBER]") for m in MATH.finditer(trace) if m.lastgroup == "number"]
+    """The reward-relevant spans, left to right; those that overlap are one, masked as the first."""
+    found, spans = DOMAINS[domain](trace, answer), []
+    if domain != "code":
+        said = stated(trace)
+        found += answer_spans(trace, answer)
+        if domain == "search" or not re.search(r"\w\s+\w", said):  # else prose, no answer
+            found += answer_spans(trace, said)
+    for start, end, mask in sorted(found):
+        if spans and start < spans[-1][1]:
+            start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
+        spans.append((start, end, mask))
+    return spans
+
+PIECE = re.compile(r"\d+|[^\W\d]+|[^\w\s]")
 
 def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
     """As many spans, as long in words and signs, anywhere: only *where* differs."""
@@ -141,8 +435,9 @@ def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | No
 
 def leaks(masked: str, answer: str, domain: str) -> bool:
     """Can the verifier's target still be read off the masked text?"""
-    visible = (masked[start:end] for start, end, _ in hidden_spans(masked, domain, answer))
-    return any(same_answer(value, answer) for value in visible)
+    visible = {masked[start:end] for start, end, _ in hidden_spans(masked, domain, answer)}
+    return bool(visible) if domain == "code" else bool(answer_spans(masked, answer)) or any(
+        same_answer(text, answer, domain) for text in visible)
 
 def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
@@ -153,7 +448,7 @@ def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5
     spans = hidden_spans(trace, domain, answer)
     spans = random_spans(trace, spans, seed) if guide == "random" else spans
     return mask_trace(trace, domain, answer, spans)
-# ---- Data, prompts, reward -----------------------------------------------------------------------
+# ---- Data and prompts ----------------------------------------------------------------------------
 @dataclass
 class Problem:
     question: str
@@ -199,22 +494,6 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
         problems.append(Problem(question, answer, trace, str(row.get("difficulty", "all")), shown,
                                 leaks(shown, answer, config.domain), plain, guided))
     return problems
-
-STATED = re.compile(r"(?im)\\boxed\{([^{}]*)\}|####\s*([^\n]+)|answer is:? *([^\n]+?)(?:\.\s|\.?$)")
-
-def same_answer(given: str, truth: str) -> bool:
-    """Numbers compare by value (42.0 is 42, 1,234 is 1234), everything else as text."""
-    given, truth = (text.strip().rstrip(".").replace(",", "").replace("\u2212", "-").casefold()
-                    for text in (given, truth))
-    try:
-        return float(given) == float(truth)
-    except ValueError:
-        return given == truth
-
-def reward(completion: str, ground_truth: str, domain: str) -> float:
-    """1.0 if the last answer that the completion states is right, else 0.0."""
-    stated = STATED.findall(completion)
-    return float(bool(stated) and same_answer("".join(stated[-1]), ground_truth))
 # ---- Rollouts ------------------------------------------------------------------------------------
 @dataclass
 class Group:
