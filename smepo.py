@@ -39,6 +39,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -350,7 +351,7 @@ query answer step""".split()
 LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
 CAP = (rf"(?!(?:{'|'.join(map(str.title, STOP))}){E}(?!\.[ ]?[A-Z]))"
-       rf"(?:{B}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{E}){LETTER}+)*")  # O'Neil, Łódź, 北京
+       rf"(?:{B}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{E}){LETTER}+)*")  # O'Neil, Łódź
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
 NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
@@ -468,30 +469,36 @@ def build_prompt(tokenizer, question: str, guide_text: str = "") -> str:
         messages.append({"role": "assistant", "content": guide_text})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
-    """Rows in the schema of the official data, and what the policy will be shown of each."""
-    kind, problems = "parquet" if path.endswith(".parquet") else "json", []
+def read_rows(path: str, wants_trace: bool):
+    """Question, answer, trace and difficulty of each row, in the schema of the official data."""
+    kind = "parquet" if path.endswith(".parquet") else "json"
     try:
         rows = datasets.load_dataset(kind, data_files=path, split="train")
     except Exception as error:  # whatever a broken file makes the readers raise
         raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
     for line, row in enumerate(rows, start=1):
-        question, trace = row.get("question"), row.get("teacher_ds") or ""
-        rule = row.get("reward_model")
+        question, trace, rule = row.get("question"), row.get("teacher_ds"), row.get("reward_model")
         answer = rule.get("ground_truth") if isinstance(rule, dict) else None
-        answer = "" if answer is None else str(answer)
-        wants_trace = guide != "none" or (config.expert_coef and path == config.data)
-        for name, value in (("question", question), ("reward_model.ground_truth", answer),
-                            ("teacher_ds (expert trace)", trace if wants_trace else "none")):
+        answer = None if answer is None else str(answer)
+        needed = {"question": question, "reward_model.ground_truth": answer}
+        needed |= {"teacher_ds (expert trace)": trace} if wants_trace else {}
+        for name, value in needed.items():
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"{path} line {line} has no {name}: add it or drop the row")
+        yield question, answer, trace or "", str(row.get("difficulty", "all"))
+
+def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
+    """The problems of a file, and what the policy will be shown of their traces."""
+    problems, wants_trace = [], guide != "none" or (config.expert_coef and path == config.data)
+    for question, answer, trace, difficulty in read_rows(path, wants_trace):
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
         prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
         plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # text has all
         if len(guided) > config.max_prompt_tokens:
-            raise UserError(f"{path} line {line}: {len(guided)} tokens, raise --max_prompt_tokens")
-        problems.append(Problem(question, answer, trace, str(row.get("difficulty", "all")), shown,
+            raise UserError(f"{path} line {len(problems) + 1}: {len(guided)} tokens, "
+                            "raise --max_prompt_tokens")
+        problems.append(Problem(question, answer, trace, difficulty, shown,
                                 leaks(shown, answer, config.domain), plain, guided))
     return problems
 # ---- Rollouts ------------------------------------------------------------------------------------
@@ -858,9 +865,14 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
-                              usage="smepo.py [--flag value ...]")
+                              usage="smepo.py [--flag value ...] or smepo.py mask [--help]")
     try:
+        if arguments[:1] == ["mask"]:
+            sys.modules.setdefault("smepo", sys.modules[__name__])
+            import_module("tiny_tasks.mask").main(arguments[1:])
+            return 0
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:
             raise UserError(f"unknown flag {rest[0]}: --help lists them all")
@@ -875,5 +887,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
     signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())
