@@ -114,7 +114,7 @@ class Config:
 BRACED = ""  # balanced, five deep
 for _ in range(5):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
-STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|(?:####|<answer>|answer(?: is:?|:))"
+STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|answer(?: is:?|:))"
                     r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
 NUMERAL = re.compile(
     r"([-+]?)(?:(\d+) ?(?= \d+/))? ?(\d+\.?\d*|\.\d+)(?:/(\d+))?(?:e(-?\d{1,3}))?%?")
@@ -128,7 +128,7 @@ VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALE
 def stated(text: str) -> str:
     """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
     said = [match[match.lastindex] for match in STATED.finditer(text)]
-    return said[-1].strip(" *") if said else ""
+    return said[-1].strip(" *\n") if said else ""
 
 def plain(text: str) -> str:
     """Without what only typesets: `$\\text{(B)}$.` is `(b)`."""
@@ -174,7 +174,7 @@ def reward(completion: str, ground_truth: str, domain: str) -> float:
     said = stated(completion)
     return float(said != "" and same_answer(said, ground_truth, domain))
 # ---- Masking: the spans of a trace that the reward depends on ------------------------------------
-# Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1:" is
+# Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1" is
 # consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
 # twice. Every repeat is bounded, or ends where the next begins: no text can make the search slow.
 
@@ -184,33 +184,37 @@ MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
 LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
 B, E = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # where a word begins and ends; \b sees digits, too
 HAN = "〇零一二两三四五六七八九十百千万亿"
-SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
-
+NAME = ("(?i:step|case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|"
+        "eqn?|formula|figure|fig|table|section|chapter|problem|question|example|property|condition|"
+        "remark|definition|thm|prop|subcase|method|solution)")
 ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[A-Za-z]|"
       rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
-KEEP_WORDS = (  # "Step 1", "Cases 1, 2 and 3"; but no "equation 2 = x" and no "case 17 draws"
-    r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|was|has|gives|shows|says)[a-z]+s\b))(?i:step|"
-    r"case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|eqn?|formula|"
-    r"figure|fig|table|section|chapter|problem|question|example|property|condition|remark|definition|thm|"
-    rf"prop|subcase|method|solution)(?:s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}|"
-    rf"\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID})"
-    r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))|"
-    # "from (1) and (2)", no "multiply by (5)"; "the two roots"; "one can"; "the worst case" of 17
-    r"(?i:from|in|into|and|with|via|see|of|both|(?:us|add|subtract|combin|substitut|insert)ing|eq\.?"
-    r"|(?<!ly )(?<!lied )(?<!ide )(?<!ided )by) \(\d{1,2}[a-c']?\)|"
-    rf"(?i:the|these|those) (?:two|three|four|five|six){E}(?= (?!{'|'.join(SCALES)})[a-z]{{2}})|"
-    rf"(?i:no (?:one|two){E}|one(?= (?:can|could|may|might|must|should|would|has|by|of){E}))|"
-    r"(?i:\w{2,9}st|base|th[aei]\w{0,3}|each|every|any|one|both|all|next) (?:case|step|part)s?" + E)
-KEEP_SIGNS = (  # x_1, \alpha_{n+1}, x₁, P2, cm^2; but the limits of an integral are values
-    r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\\(?!int|sum|prod|log|lim)[A-Za-z]+|"
-    r"\})'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)|"
-    r"(?<![\w\\])(?:[A-Za-z]\d{1,2}|[kcdm]?m(?:[²³]|\^\{?[23]\}?))(?!\w|[.,]\d)|"
-    r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}|"  # \tag{1}, (1) ending a line
-    r"\((?<=\s\()\d{1,2}\)(?=[.,;]?[ \t]{0,3}\r?$)|</?[A-Za-z]\w{0,20}/?>|"
-    rf"第[\d{HAN}]{{1,3}}|(?:步骤|情况|情形|引理|定理|方程|ステップ)[ (（]?[\d{HAN}]{{1,3}}")
+KEEP_WORDS = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
+    "Cases 1, 2 and 3": rf"{NAME}s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}",
+    "Step 1": r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|was|has|gives|shows|says)[a-z]+s\b))"
+              rf"{NAME}\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID}"
+              r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))",
+    "from (1)": r"(?i:from|in|into|and|with|via|see|of|both|eq\.?|(?<!ly )(?<!lied )(?<!ide )"
+                r"(?<!ided )by|(?:us|add|subtract|combin|substitut|insert)ing) \(\d{1,2}[a-c']?\)",
+    "the two roots": rf"(?i:the|these|those) (?:two|three|four|five|six){E}"
+                     rf"(?= (?:(?!{'|'.join(SCALES)})[a-z]{{2}}|\[))",
+    "one can": rf"(?i:one(?= (?:can|could|may|might|must|should|would|has|by|of){E}))",
+    "no two": rf"(?i:no (?:one|two){E})",
+    "the worst case": r"(?i:\w{2,9}st|base|th[aei]\w{0,3}|each|every|any|one|both|all|next) "
+                      rf"(?:case|step|part)s?{E}"}
+KEEP_SIGNS = {  # but the limits of an integral are values
+    "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
+           r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
+    "P2": r"(?<![\w\\])[A-Za-z]\d{1,2}(?!\w|[.,]\d)",
+    "cm^2": r"(?<![\w\\])[kcdm]?m(?:[²³]|\^\{?[23]\}?)(?!\w|[.,]\d)",
+    "\\tag{1}": r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}",
+    "x + y = z (1)": r"\((?<=\s\()\d{1,2}\)(?=[.,;]?[ \t]{0,3}\r?$)",
+    "<h1>": r"</?[A-Za-z]\w{0,20}/?>",
+    "第三步": rf"第[\d{HAN}]{{1,3}}|(?:步骤|情况|情形|引理|定理|ステップ)[ (（]?[\d{HAN}]{{1,3}}"}
 NUMBERING = (  # 1. or 2) or (3) or **4.** or "## 5 Title"; but "#### 6" is an answer
     r"^[ \t>]*(?:[-*+] )?(?:#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\)|\[\d+\]|"
     r"\(?[IVXivx]{1,4}[.)])(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d{1,2}(?:\.\d{1,2})*(?= [A-Z])")
+
 SIGN = r"(?:(?<![\w)\]}!'])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # else an operator: 7 - 6, n(n-3)
 DIGITS = (r"(?:\d+(?:(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])\d{3}(?!\d))*(?:\.\d+)?|"
           r"(?<![\w.])\.\d+)(?::\d\d){0,2}(?: ?[ap]\.?m\b\.?)?")  # 42, 15{,}600, 3.25, .5, 7:45 pm
@@ -221,22 +225,25 @@ FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC
 WORD = (rf"(?:(?:{'|'.join(SMALL[:10:-1] + SMALL[10:1:-1] + [*SCALES])}|zero)(?:th|s|ths)?|one|"
         r"first|second|thirds?|(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|half|halves|quarters?)")
 SPELLED = (rf"(?i:(?:an? (?=hundred|thousand|million|dozen|half|quarter|third)|negative )?{WORD}"
-           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){E}")
+           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){E}")  # forty-two
+SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
 ROMAN = (r"(?=[IVXL]{2}|[IVXLCDM]{4})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})"
          rf"(?:I[XV]|V?I{{0,3}}){E}")
 COUNTED = rf"[{HAN}]{{2,}}|[二两三四五六七八九十](?=[个只本元岁人天年月日次倍米张条种])"
+KEPT_WORDS, KEPT_SIGNS = ("|".join(kept.values()) for kept in (KEEP_WORDS, KEEP_SIGNS))
 MATH = re.compile(
-    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{B}(?=[A-Za-z]{{2}})(?:{KEEP_WORDS})|{KEEP_SIGNS}|"
-    rf"{MASK}|\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
+    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{B}(?=[A-Za-z]{{2}})(?:{KEPT_WORDS})|"
+    rf"{KEPT_SIGNS}|{MASK}|"
+    rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
     rf"(?P<number>(?![A-Za-z\s(#\[{{]){FIGURES}|{B}(?=[A-Za-z]{{2}})(?:{SPELLED}|{ROMAN})|{COUNTED})|"
     rf"[{LATIN}]+|[ \t(){{}}]", re.MULTILINE)
 
 def math_spans(trace: str, answer: str) -> list[Span]:
     """Numbers, and what is boxed."""
-    targets, spans = {number_value(a) for a in (answer, stated(trace))} - {None}, []
+    spans = []
     for match in MATH.finditer(trace):
         number, box = match["number"], match["box"]
-        if number and (not SELDOM.fullmatch(number) or number_value(number) in targets):
+        if number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
             spans.append((*match.span(), "[NUMBER]"))
         elif box:
             mask = "[ANSWER]" if number_value(box) is None else "[NUMBER]"
@@ -247,7 +254,7 @@ def math_spans(trace: str, answer: str) -> list[Span]:
 SPELLINGS = {"-": "[-−–]", "\\pi": rf"(?:\\pi{E}|π|{B}pi{E})", "\\infty": r"(?:\\infty|∞)", "/":
              r"(?:/|\}\s?\{)?", "\\sqrt": r"(?:\\sqrt|√)", "^": r"(?:\^|\*\*)?", "\\le":
              r"(?:\\leq?|≤|<=)", "\\ge": r"(?:\\geq?|≥|>=)", "*": r"(?:\\cdot|\\times|\*)?"}
-NOISE = r"(?:[\s{}()$]|\\[,;! ]|\\left|\\right|\\[dt]?frac){0,4}"
+NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
 
 def answer_spans(trace: str, answer: str) -> list[Span]:
     """Wherever the answer stands, if it is no number; but a letter, yes and no, which are also
@@ -262,14 +269,16 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
     right = r"(?!\d)" if pattern[-1].isdigit() else E if pattern[-1].isalpha() else ""
     find = rf"(?:\\[dt]?frac\s?)?[\[({{]{{0,3}}{left}({pattern})s?{right}[\])}}]{{0,3}}"
     if re.fullmatch("[a-z]|yes|no|true|false", pattern):
-        find = (rf"{B}(?:answer|choice|option|is|so|thus|hence|therefore)(?: is)?[\s:,*$]{{0,6}}"
-                rf"(?:\\text\w{{0,2}}\{{)?\(?({pattern})(?=[^\w\s'’-]|\s*$| because| since)|"
-                rf"\(({pattern}{{1}})\)")
+        cased = re.search(r"\b[A-Z]\b", answer)
+        pattern = f"(?-i:{cased[0]})" if cased else pattern
+        find = (rf"(?:####|{B}(?:answer|choice|option|is|so|thus|hence|therefore))(?: is)?"
+                rf"[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
+                rf"(?=[^\w\s'’-]|\s*$| because| since)|\(({pattern}{{1}})\)")
     return [(*match.span(match.lastindex), "[ANSWER]")
             for match in re.finditer(rf"(?im){MASK}|{find}", trace) if match.lastindex]
 
 # Code: a block, by how it opens; lines that are statements; inline code that computes.
-KEYS = r"\\{0,3}\"(?:code|source(?:_code)?|script|program|python|cmd|command|input)"
+KEYS = r"\\{0,3}\"(?:code|source(?:_code)?|script|program|python|cmd|command|input|old|new)"
 CODE = re.compile(
     r"^(?P<quoted>(?:[ \t]*>)+)?[ \t]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
     r".*(?:\n|\Z)([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?(?:\n|\Z)|(?(quoted)^(?![ \t]*>)|\Z)"
@@ -333,13 +342,13 @@ def code_spans(trace: str, answer: str) -> list[Span]:
             continue
         run, blank = code, False
     for start, end in found:
-        start += len(re.match(r"[\s>]*", trace[start:end])[0])  # indentation stays
+        start += len(re.match(r"(?:\s|>(?!>))*", trace[start:end])[0])  # indentation stays
         if start < end and not re.fullmatch(MASK, code := trace[start:end].rstrip()):
             spans.append((start, start + len(code), "[CODE]"))
     return spans
 
 # Search: a name begins with a capital, or is in another script; but a sentence does, too.
-STOP = """a an the i we you he she it they this that these those there here my our his her its
+ORDINARY = """a an the i we you he she it they this that these those there here my our his her its
 their who whom whose which what when where why how is are was were be do does did has have had can
 could would if so no not yes and or but nor for in on at by to of from with as than since because
 although though while after before during until once also again however therefore thus hence
@@ -350,15 +359,15 @@ capital founder birthplace population date year title doc document source passag
 query answer step""".split()
 LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
-CAP = (rf"(?!(?:{'|'.join(map(str.title, STOP))}){E}(?!\.[ ]?[A-Z]))"
+CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){E}(?!\.[ ]?[A-Z]))"
        rf"(?:{B}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{E}){LETTER}+)*")  # O'Neil, Łódź
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
-NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
+NAMES = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
     rf"</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
     rf"{B}(?i:step|doc|document|passage|result|source|hop|question|query) ?\#?\d+|(?P<number>"
     rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){E})?%?(?: (?:{'|'.join(SCALES)}){E})?|"
-    rf"{B}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|{LETTER}+", re.MULTILINE)
+    rf"{B}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAMES})|[{LATIN}]+", re.MULTILINE)
 QUERY = re.compile(r"<(?:search|query|tool_call)>([^<]*)|\"query\"\s?:\s?\"([^\"\n]*)")
 OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
 WORDS = re.compile(rf"{MASK}|{LETTER}+")
@@ -388,7 +397,8 @@ def search_spans(trace: str, answer: str) -> list[Span]:
             names.append(name or "")
     words = [re.findall(f"{LETTER}+", name) for name in set(names)]
     known = {key("".join(word[0] for word in name)) for name in words}  # UNESCO
-    known = {k for k in known.union(*(map(key, name) for name in words)) if len(k) > 1}
+    known = known.union(*(map(key, name) for name in words)) - {*ORDINARY}
+    known = {k for k in known if len(k) > 1}
     prose = set(re.findall(rf"{B}[{LOWER}]+{E}", QUERY.sub("", trace)))
     asked = [word for query in QUERY.finditer(trace) if query.lastindex  # in lower case, perhaps
              for word in WORDS.finditer(trace, *query.span(query.lastindex))
@@ -398,15 +408,12 @@ def search_spans(trace: str, answer: str) -> list[Span]:
 DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
-    """The reward-relevant spans, left to right; those that overlap are one, masked as the first."""
+    """The reward-relevant spans, left to right. Without the `answer`, what the trace states."""
+    if not answer and (domain == "search" or not re.search(r"\w\s+\w", stated(trace))):
+        answer = stated(trace)  # several words in math are prose: "the answer is found by ..."
     found, spans = DOMAINS[domain](trace, answer), []
-    if domain != "code":
-        said = stated(trace)
-        found += answer_spans(trace, answer)
-        if domain == "search" or not re.search(r"\w\s+\w", said):  # else prose, no answer
-            found += answer_spans(trace, said)
-    for start, end, mask in sorted(found):
-        if spans and start < spans[-1][1]:
+    for start, end, mask in sorted(found + answer_spans(trace, answer) * (domain != "code")):
+        if spans and start < spans[-1][1]:  # those that overlap are one, masked as the first
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
         spans.append((start, end, mask))
     return spans
@@ -436,7 +443,7 @@ def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | No
 
 def leaks(masked: str, answer: str, domain: str) -> bool:
     """Can the verifier's target still be read off the masked text?"""
-    visible = {masked[start:end] for start, end, _ in hidden_spans(masked, domain, answer)}
+    visible = {masked[start:end] for start, end, _ in DOMAINS[domain](masked, answer)}
     return bool(visible) if domain == "code" else bool(answer_spans(masked, answer)) or any(
         same_answer(text, answer, domain) for text in visible)
 

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +161,118 @@ def test_every_toy_trace_masks_without_a_leak_and_keeps_no_digit_but_labels():
         assert digits == [str(i + 1) for i in range(row["difficulty"])]
 
 
+CASES = [json.loads(line) for line in
+         (TASKS / "masker_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_masker_case(case):
+    text, domain, answer = case["text"], case["domain"], case["answer"]
+    masked = smepo.mask_trace(text, domain, answer)
+    assert [part for part in case["must_hide"] if part in masked] == []
+    assert [part for part in case["must_keep"] if part not in masked] == []
+    assert smepo.mask_trace(masked, domain, answer) == masked
+    assert not smepo.leaks(masked, answer, domain)
+    # its two answers stand in two boxes, so the verifier could not read them as one
+    assert smepo.leaks(text, answer, domain) or case["id"] == "math_b_m61_two_boxes"
+
+
+def test_every_kept_structure_is_kept_by_its_own_rule():
+    for rules in (smepo.KEEP_WORDS, smepo.KEEP_SIGNS):
+        for example, pattern in rules.items():
+            assert re.search(pattern, example, re.MULTILINE), example
+            assert smepo.mask_trace(f"see {example}", "math") == f"see {example}"
+
+
+KEPT = r"""Step 3:|Case 2a|Lemma 4.1|by Theorem 7|x_1|a_{n+1}|\alpha_2|P2|cm^2|Eq. (4)|from (1)
+    |the two roots|one can see|\tag{3}|Cases 1, 2 and 3|STEP II|Part (b)|the worst case|no two|第三步
+    """.replace("\n    ", "").split("|")
+VALUES = r"""17|-3|−3.5|12,480|15{,}600|3/4|\frac{3}{4}|\tfrac12|½|2½|1.5e-3|3 \times 10^{8}|3×10⁸
+    |forty-two|one hundred and five|three dozen|twenty-first|two thirds|XIV|十二|50%|50\%|7:45 pm
+    |21st|3 million""".replace("\n    ", "").split("|")
+
+
+def test_generated_math_hides_exactly_the_values():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text, expected = "Here", "Here"
+        for _ in range(rng.randint(0, 8)):
+            link = rng.choice([" we get ", ", so then ", " equals ", "; hence\n", " (see below): "])
+            value = rng.random() < 0.5
+            piece = rng.choice(VALUES if value else KEPT)
+            text += link + piece
+            expected += link + ("[NUMBER]" if value else piece)
+        masked = smepo.mask_trace(text, "math")
+        assert masked == expected
+        assert smepo.mask_trace(masked, "math") == masked
+
+
+PIECES = (*KEPT, *VALUES, *r"""Step 1 : (3) 2. - | { } $ \ \boxed{ \pi π x^2 #### <answer> yes
+    </answer> <search> </search> <information> Answer: no (B) B Silver Harbor of the The T. E.
+    van Whitlock's 北京 Москва é ` `` ``` ~~~ ```python > >>> x=1 f(x): return if else: print( ) ;
+    "code":" \" <pre> </pre> \begin{verbatim} \end{verbatim} O(n) `a+b` `x` [NUMBER] [CODE] \\ March
+    1742""".split(), "\n", "\n\n", "    ", "\r\n", "\t", "\x00", "\ud800")
+
+
+@pytest.mark.parametrize("domain, answer", [
+    ("math", "42"), ("math", "\\pi"), ("math", "(B)"), ("math", "x^2"), ("code", "{}"),
+    ("search", "Silver Harbor"), ("search", "yes"), ("search", "9 March 1742")])
+def test_no_text_breaks_the_masker(domain, answer):
+    rng = random.Random(f"{domain} {answer}")
+    for _ in range(400):
+        text = "".join(rng.choice(PIECES) + rng.choice(("", " ", "\n")) for _ in range(20))
+        masked = smepo.mask_trace(text, domain, answer)
+        assert smepo.mask_trace(masked, domain, answer) == masked
+        assert not smepo.leaks(masked, answer, domain)
+        assert 0.0 <= smepo.reward(text, answer, domain) <= 1.0
+        spans = smepo.hidden_spans(text, domain, answer)
+        assert all(0 <= a < b <= len(text) for a, b, _ in spans)
+        assert all(b <= c for (_, b, _), (c, _, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("domain, text", [
+    ("math", "Let x_1 be the smaller root.\nOne can check that no two of them agree (Lemma 4.2)."),
+    ("code", "Sort by start, then sweep.\n\n- keep `dp` small\n- it costs `O(n log n)`\n"),
+    ("search", "First find who directed the film.\n<search>director of the film</search>"),
+    *((domain, "") for domain in smepo.DOMAINS)])
+def test_a_text_without_anything_to_hide_comes_back_unchanged(domain, text):
+    assert smepo.mask_trace(text, domain) == text
+
+
+HARD = r"""a |A |1 |1,|1,234|- |\boxed{|\boxed{a} |{|}|#### |x_|x_{1|`|``|`a|> |>>> |~~~|```X|<|<a
+    |one|<answer>|<answer>x |<pre>|\begin{verbatim}|"code": "|\"code\": \"|one hundred and |twenty-
+    |IV|J.|Step 1 and |Cases 1, 2, |from (|(1) |\frac{1|1/|12:34 |10^|½|一|第|. |A. |def f(x):X
+    |if x:X|x = [|the answer is |so B |Silver Harbor |silver |van |é|中|$|\|\text{|[|[NUMBER]|worst
+    |1. |i) |\sqrt|O(|(((|;X|{X|X|    X| X|    x = 1X"""
+HARD = HARD.replace("\n    ", "").replace("X", "\n").split("|")
+
+
+def test_masking_takes_linear_time_whatever_the_text():
+    """Quadratic work on any of these takes hours, so the limit only ends such a hang."""
+    script = """if True:
+        import json, sys, smepo
+        for piece in json.load(sys.stdin):
+            for domain, answer in ("math", "\\\\frac{\\\\pi}{2}"), ("code", ""), ("search", "A B"):
+                text = (piece * 20_000)[:20_000]
+                smepo.leaks(smepo.mask_trace(text, domain, answer), answer, domain)"""
+    subprocess.run([sys.executable, "-c", script], input=json.dumps(HARD), text=True, cwd=HERE,
+                   check=True, timeout=300)
+
+
+@pytest.mark.parametrize("masked, answer, domain, leaky", [
+    ("so x is 0.5", r"\frac12", "math", True), ("half of it", "1/2", "math", True),
+    ("so it is forty-two", "42", "math", True), ("that is 1,234", "1234", "math", True),
+    ("an angle of π", "\\pi", "math", True), ("it is Thursday", "Thursday", "math", True),
+    ("the answer is B", "(B)", "math", True), ("see part (b) of B", "(B)", "math", False),
+    ("there is no such n", "no", "math", False), ("so the answer is no.", "no", "math", True),
+    ("we need 43 of the 421", "42", "math", False), ("x_42", "42", "math", False),
+    ("born in trieste", "Trieste", "search", True), ("in [ENTITY]", "Trieste", "search", False),
+    ("it has 1,250 rooms", "1250", "search", True), ("```\nx = 1\n```", "{}", "code", True),
+    ("```\n[CODE]\n```", "{}", "code", False)])
+def test_leaks_sees_every_spelling_and_nothing_else(masked, answer, domain, leaky):
+    assert smepo.leaks(masked, answer, domain) is leaky
+
+
 def test_leaks_compares_by_value_and_ignores_labels():
     assert smepo.leaks("so it is 42.0", "42", "math")
     assert not smepo.leaks("Step 42: it is [NUMBER]", "42", "math")
@@ -207,6 +321,82 @@ def test_guide_arms():
     assert half == "Step 1: 3 * 5 = 15.\nStep 2: 7 - 6 = 1."
 
 
+# ---- The mask command: tiny_tasks/mask.py --------------------------------------------------------
+
+
+def mask(capsys, *arguments) -> tuple[int, str, str]:
+    code = smepo.main(["mask", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_mask_shows_a_trace_beside_its_mask_and_the_verdict(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "trace.txt"
+    path.write_text("Step 1: 7 − 6 = 1.\n\nThe answer is 1.\n", encoding="utf-8")
+    code, out, _ = mask(capsys, "--trace", path)
+    lines = [[half.rstrip() for half in line.split(" |")] for line in out.splitlines()]
+    assert code == 0 and lines[:4] == [
+        ["Step 1: 7 − 6 = 1.", " Step 1: [NUMBER] − [NUMBER] ="], ["", " [NUMBER]."], ["", ""],
+        ["The answer is 1.", " The answer is [NUMBER]."]]
+    assert "4 spans hidden, 89% of the text kept" in out
+    assert "no leak: the answer 1 cannot be read off" in out and "\033" not in out
+
+
+def test_mask_reads_standard_input_and_marks_hidden_spans_on_a_terminal(capsys, monkeypatch):
+    import io
+
+    text = "Sum them:\n```python\nprint(1)\nprint(2)\n```\nDone."
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, out, _ = mask(capsys, "--domain", "code")
+    assert code == 0 and "no leak: the code cannot be read off" in out
+    assert re.findall("\033\\[7m(.*?)\033\\[0m", out) == ["print(1)", "[CODE]", "print(2)"]
+
+
+def test_mask_says_when_the_answer_can_be_read_off(tmp_path, capsys):
+    path = tmp_path / "trace.txt"
+    path.write_text("We know n2, so n2.", encoding="utf-8")
+    _, out, _ = mask(capsys, "--trace", path)
+    assert "no verdict on leaks" in out
+    smepo_leaks, smepo.leaks = smepo.leaks, lambda *_: True
+    try:
+        assert "LEAKS: the answer 5 can be read off" in mask(capsys, "--trace", path,
+                                                             "--answer", 5)[1]
+    finally:
+        smepo.leaks = smepo_leaks
+
+
+def test_mask_of_a_file_counts_leaks_spans_and_text_of_every_arm_by_hand(tmp_path, capsys):
+    lines = [dict(row) for row in rows("train", 2)]
+    lines[0]["teacher_ds"], lines[0]["reward_model"] = "a 5", {"ground_truth": "5"}
+    lines[1]["teacher_ds"], lines[1]["reward_model"] = "b 6 7\nc", {"ground_truth": "8"}
+    path = write_rows(tmp_path / "two.jsonl", lines)
+    code, out, err = mask(capsys, "--data", path)
+    table = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in out.splitlines()[2:]}
+    assert code == 0 and out.startswith("2 traces\n") and "2/2" in err  # the bar
+    assert table["full"] == [0.5, 0, 1] and table["prefix"] == [0, 0, 0]
+    assert table["semantic"] == [0, 1.5, round((2 / 3 + 5 / 7) / 2, 3)]
+    assert table["random"][1] == 1.5 and table["random"][2] == table["semantic"][2]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--trace", "none.txt"], "none.txt"), (["--domain", "art"], "invalid choice: 'art'"),
+    (["--colour"], "unknown flag --colour"), (["--data", "none.jsonl"], "none.jsonl is no json"),
+    (["--trace", "empty.txt"], "empty.txt is empty"),
+    (["--trace", "empty.txt", "--data", "x"], "not allowed with")])
+def test_mask_refuses_bad_input_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    code, out, err = mask(capsys, *arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_mask_runs_from_anywhere_even_into_a_pipe_that_knows_few_signs(tmp_path):
+    """As a Windows pipe does; and the script is __main__, not the module that the command uses."""
+    run = subprocess.run([sys.executable, HERE / "smepo.py", "mask"], input="it is −5".encode(),
+                         capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert run.returncode == 0 and b"it is [NUMBER]" in run.stdout
+
+
 # ---- Data, prompts, reward -----------------------------------------------------------------------
 
 
@@ -230,8 +420,6 @@ def test_tokenizer_round_trips_every_toy_row(base):
 
 
 def test_no_test_problem_is_trained_or_pretrained_on():
-    import random
-
     from make_tasks import is_held_out
     from pretrain import draw_example
 
@@ -271,9 +459,37 @@ def test_shipped_traces_are_right():
     ("The answer is", "16", 0.0),
     ("The answer is [NUMBER].", "16", 0.0),
     ("", "16", 0.0),
+    (r"\boxed{\frac14}", "0.25", 1.0), (r"\boxed{0.25}", r"\dfrac{1}{4}", 1.0),
+    (r"\boxed{\frac{1}{23}}", r"\frac{12}{3}", 0.0), (r"\boxed{1/0}", "0", 0.0),
+    (r"\boxed{2 \frac{1}{2}}", "5/2", 1.0), (r"\boxed{2½}", "2.5", 1.0), ("#### 50%", r"50\%", 1.0),
+    (r"\boxed{50\%}", "0.5", 0.0), (r"\boxed{3 \times 10^{8}}", "300000000", 1.0),
+    ("The answer is 12,34.", "1234", 0.0), ("The answer is 1.234.", "1234", 0.0),
+    ("The answer is forty-two.", "42", 1.0), ("The answer is $42$.", "42", 1.0),
+    ("The answer is 3 4.", "7", 0.0), ("The answer is 1e999999999.", "42", 0.0),
+    (f"The answer is {'9' * 5000}.", "42", 0.0), ("The answer is 0.3333.", "1/3", 0.0),
+    (r"The answer is \boxed{\text{(B)}}.", "B", 1.0), ("The answer is b.", "(B)", 1.0),
+    ("The answer is (A) or (B).", "(B)", 0.0), ("The answer is not B.", "B", 0.0),
+    (r"\boxed{x^{2} + 6x+11}", "x^2+6x+11", 1.0), (r"\boxed{x^2-6x+11}", "x^2+6x+11", 0.0),
+    (r"\boxed{[2, 5)}", "[2,5)", 1.0), (r"\boxed{(2, 5)}", "[2,5)", 0.0),
+    (r"\boxed{\left(1, 234\right)}", "1234", 0.0), ("The answer is 1/2.", "2", 0.0),
+    (r"\boxed{\frac{a}{bc}}", r"\frac{ab}{c}", 0.0),
+    (r"\boxed{16} and then \boxed{17}", "16", 0.0), (r"\boxed{1} #### 16", "16", 1.0),
+    (r"The answer is 16. \boxed{17}", "16", 0.0), (r"\boxed{16", "16", 0.0),
+    ("**Answer:** Thursday", "thursday", 1.0), ("The answer is no.", "yes", 0.0),
 ])
 def test_reward(completion, truth, expected):
     assert smepo.reward(completion, truth, "math") == expected
+
+
+@pytest.mark.parametrize("completion, truth, expected", [
+    ("<answer>Trieste</answer>", "Trieste", 1.0), ("<answer> the  A team </answer>", "A Team", 1.0),
+    ("<answer>\nJ. R. R. Tolkien.\n</answer>", "J.R.R. Tolkien", 1.0), ("Trieste", "Trieste", 0.0),
+    ("<answer>Trieste, Italy</answer>", "Trieste", 0.0), ("<answer>1,250</answer>", "1250", 1.0),
+    ("<answer>no</answer>", "yes", 0.0), ("<answer>-5</answer>", "5", 0.0),
+    ("<answer>a</answer>", "the", 0.0), ("<answer>[ENTITY]</answer>", "Trieste", 0.0),
+    ("<answer>Rome</answer> no: <answer>Trieste</answer>", "Rome", 0.0)])
+def test_search_reward_is_exact_match_after_normalisation(completion, truth, expected):
+    assert smepo.reward(completion, truth, "search") == expected
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
