@@ -191,7 +191,7 @@ ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[
       rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
 KEEP_WORDS = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
     "Cases 1, 2 and 3": rf"{NAME}s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}",
-    "Step 1": r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|was|has|gives|shows|says)[a-z]+s\b))"
+    "Step 1": r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
               rf"{NAME}\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID}"
               r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))",
     "from (1)": r"(?i:from|in|into|and|with|via|see|of|both|eq\.?|(?<!ly )(?<!lied )(?<!ide )"
@@ -413,7 +413,8 @@ def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
         answer = stated(trace)  # several words in math are prose: "the answer is found by ..."
     found, spans = DOMAINS[domain](trace, answer), []
     for start, end, mask in sorted(found + answer_spans(trace, answer) * (domain != "code")):
-        if spans and start < spans[-1][1]:  # those that overlap are one, masked as the first
+        joint = spans and domain == "search" and trace[spans[-1][1] : start] == " "  # 9 March 1742
+        if joint or spans and start < spans[-1][1]:  # spans that overlap are one
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
         spans.append((start, end, mask))
     return spans

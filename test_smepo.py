@@ -177,6 +177,24 @@ def test_masker_case(case):
     assert smepo.leaks(text, answer, domain) or case["id"] == "math_b_m61_two_boxes"
 
 
+def test_the_lines_in_the_readme_are_what_the_masker_does():
+    readme = (HERE / "README.md").read_text(encoding="utf-8").split("~~~~\n")[1]
+    pairs = re.findall(r"(math|code|search) +(.*)\n +-> (.*)\n", readme)
+    assert len(pairs) > 12
+    for domain, before, after in pairs:
+        text, masked = ((line.replace("\\n", "\n") if domain == "code" else line)
+                        for line in (before, after))
+        assert smepo.mask_trace(text, domain) == masked
+
+
+def test_aliases_share_the_mask_of_the_name():
+    text = ("<search>founding year of uneb and lena marchetti</search> The United Nations Education "
+            "Body was led by Lena Marchetti. Marchetti wrote in 1987. UNEB grew.")
+    assert smepo.mask_trace(text, "search", "1987") == (
+        "<search>founding year of [ENTITY] and [ENTITY]</search> The [ENTITY] was led by [ENTITY]. "
+        "[ENTITY] wrote in [ENTITY]. [ENTITY] grew.")
+
+
 def test_every_kept_structure_is_kept_by_its_own_rule():
     for rules in (smepo.KEEP_WORDS, smepo.KEEP_SIGNS):
         for example, pattern in rules.items():
@@ -185,8 +203,8 @@ def test_every_kept_structure_is_kept_by_its_own_rule():
 
 
 KEPT = r"""Step 3:|Case 2a|Lemma 4.1|by Theorem 7|x_1|a_{n+1}|\alpha_2|P2|cm^2|Eq. (4)|from (1)
-    |the two roots|one can see|\tag{3}|Cases 1, 2 and 3|STEP II|Part (b)|the worst case|no two|第三步
-    """.replace("\n    ", "").split("|")
+    |the two roots|one can see|\tag{3}|Cases 1, 2 and 3|STEP II|Part (b)|the worst case|no two
+    |第三步""".replace("\n    ", "").split("|")
 VALUES = r"""17|-3|−3.5|12,480|15{,}600|3/4|\frac{3}{4}|\tfrac12|½|2½|1.5e-3|3 \times 10^{8}|3×10⁸
     |forty-two|one hundred and five|three dozen|twenty-first|two thirds|XIV|十二|50%|50\%|7:45 pm
     |21st|3 million""".replace("\n    ", "").split("|")
