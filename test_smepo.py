@@ -188,10 +188,10 @@ def test_the_lines_in_the_readme_are_what_the_masker_does():
 
 
 def test_aliases_share_the_mask_of_the_name():
-    text = ("<search>founding year of uneb and lena marchetti</search> The United Nations Education "
+    text = ("<search>first year of uneb and lena marchetti</search> The United Nations Education "
             "Body was led by Lena Marchetti. Marchetti wrote in 1987. UNEB grew.")
     assert smepo.mask_trace(text, "search", "1987") == (
-        "<search>founding year of [ENTITY] and [ENTITY]</search> The [ENTITY] was led by [ENTITY]. "
+        "<search>first year of [ENTITY] and [ENTITY]</search> The [ENTITY] was led by [ENTITY]. "
         "[ENTITY] wrote in [ENTITY]. [ENTITY] grew.")
 
 
