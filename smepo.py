@@ -875,11 +875,11 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
-                              usage="smepo.py [--flag value ...] or smepo.py mask [--help]")
+                              usage="smepo.py [--flag value ...], smepo.py mask or compare")
     try:
-        if arguments[:1] == ["mask"]:
+        if arguments[:1] in (["mask"], ["compare"]):
             sys.modules.setdefault("smepo", sys.modules[__name__])
-            import_module("tiny_tasks.mask").main(arguments[1:])
+            import_module(f"tiny_tasks.{arguments[0]}").main(arguments[1:])
             return 0
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:

@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import smepo
 from smepo import Config, Group, Problem, UserError
+from tiny_tasks import compare
 
 HERE = Path(smepo.__file__).resolve().parent
 TASKS = HERE / "tiny_tasks"
@@ -1342,3 +1343,118 @@ def test_every_setting_is_a_documented_flag(capsys):
     assert exit.value.code == 0
     for setting in dataclasses.fields(Config):
         assert f"--{setting.name}" in shown and setting.metadata["help"]
+
+
+# ---- The compare command: tiny_tasks/compare.py --------------------------------------------------
+
+
+def fake(arm: str, seed: int, means: list[float], seconds: float, **changes) -> dict:
+    """The record of a job with 2 steps between points, as run_job leaves it."""
+    steps = 2 * (len(means) - 1)
+    levels = {level: 0.1 for level in "2345"}
+    return {"arm": arm, "seed": seed, "steps": steps, "eval_every": 2, "learning_rate": 2e-4,
+            "task": "k5", "data": "none.jsonl", "steps_kept": compare.KEPT,
+            "curve": [[0.5, 0.75, 0.25, 0.0, 128, seconds / 2, seconds / 2]] * steps,
+            "points": [levels | {"mean": mean} for mean in means],
+            "final": {"pass@1": levels | {"mean": means[-1]}, "pass@8": {"mean": 0.9}},
+            "copy_rate": 0.5, "hint_reliance": float("nan")} | changes
+
+
+def test_speed_counts_steps_rollouts_and_seconds_by_hand():
+    grpo = {0: fake("none", 0, [0.2, 0.3, 0.4], 1.0), 1: fake("none", 1, [0.2, 0.3, 0.6], 1.0)}
+    smepo_runs = [fake("semantic", 0, [0.2, 0.45, 0.5], 0.5),
+                  fake("semantic", 1, [0.2, 0.3, 0.5], 2.0)]
+    assert compare.spent(grpo[0], "seconds") == [0, 2, 4]
+    assert compare.spent(grpo[0], "rollouts") == [0, 256, 512]
+    assert compare.reaches(smepo_runs[0], 0.4) == {"steps": 2, "rollouts": 256, "seconds": 1.0}
+    assert compare.reaches(smepo_runs[1], 0.6) is None
+    # seed 0 takes 1 s for what took GRPO 4; seed 1 never gets there, so it is not in the mean
+    assert compare.speed(smepo_runs, grpo) == ["2.0", "256", "1.0", "4.00", "1 of 2"]
+    assert compare.speed(list(grpo.values()), grpo)[-2:] == ["1.00 ± 0.00", "2 of 2"]
+
+
+def test_mean_error_by_hand():
+    assert compare.mean_error([1.0, 2.0, 3.0]) == "2.000 ± 0.577"  # 1 / sqrt 3
+    assert compare.mean_error([1.0]) == "1.000" and compare.mean_error([]) == "–"
+    assert compare.mean_error([1.0, float("nan")], 1) == "1.0"
+
+
+def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
+    for row in rows("test", 1000):
+        trace = compare.altered(row["question"], random.Random(row["question"]))
+        assert smepo.mask_trace(trace, "math") == smepo.mask_trace(row["teacher_ds"], "math")
+        assert smepo.stated(trace) != row["reward_model"]["ground_truth"]
+        for sum_, value in re.findall(r"Step \d: (.*) = (\d+)", trace):
+            assert eval(sum_) != int(value)
+
+
+def test_a_job_trains_its_arm_and_keeps_what_the_summary_needs(monkeypatch):
+    load = smepo.load_problems
+    monkeypatch.setattr(smepo, "load_problems", lambda *a: load(*a)[::50])
+    job = compare.jobs_of(["on-failure"], [3], 2, compare.RATES, "k5", Config.data)[0]
+    monkeypatch.chdir(HERE)
+    ticks = []
+    record = compare.run_job(job, lambda: ticks.append(1))
+    again = compare.run_job(job, lambda: None)
+    assert len(ticks) == len(record["curve"]) == 2 and len(record["points"]) == 3
+    assert compare.column(record, "rollouts")[0] > 128  # both passes of on-failure count
+    assert set(record["final"]["pass@8"]) == {"2", "3", "4", "5", "mean"}
+    assert 0 <= record["copy_rate"] <= 1
+    for key in ("points", "final", "copy_rate", "hint_reliance"):
+        assert record[key] == again[key]
+    assert json.loads(json.dumps(record))["curve"] == record["curve"]
+
+
+def test_hint_reliance_is_the_mean_difference_of_sequence_logprobs(base, monkeypatch):
+    model, tokenizer = base
+    p = problem(base)
+    torch.manual_seed(0)
+    value = compare.hint_reliance(model, tokenizer, [p] * 20, settings())
+    torch.manual_seed(0)
+    groups = smepo.rollout(model, tokenizer, [p] * 20, [True] * 20, 1, settings())
+    differences = []
+    for ids in (group.completions[0] for group in groups if group.rewards[0]):
+        parts = []
+        for prompt in (p.guided_ids, p.prompt_ids):
+            row = torch.tensor([prompt + ids])
+            logprobs = model(row).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+            parts.append(logprobs.gather(1, torch.tensor(ids)[:, None]).sum().item())
+        differences.append(parts[0] - parts[1])
+    assert value == pytest.approx(sum(differences) / len(differences), abs=1e-3)
+
+
+def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
+        tmp_path, capsys, monkeypatch):
+    arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
+    jobs = compare.jobs_of(["none", "semantic"], range(2), 4, compare.RATES, "k5", Config.data)
+    for job in jobs:
+        record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
+        record["curve"] = record["curve"][:4]
+        path = compare.file_of(job, Path("runs/compare"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(compare, "run_job", None)  # would raise
+    assert smepo.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert Path("runs/compare/summary.md").read_text(encoding="utf-8") in out
+    assert "| semantic | 0.500 ± 0.000 |" in out
+    assert Path("runs/compare/compare.png").stat().st_size > 0
+
+
+def test_a_job_that_fails_ends_the_command_with_its_one_line(tmp_path, capsys):
+    command = [sys.executable, HERE / "smepo.py", "compare", "--quick", "--jobs", "1"]
+    run = subprocess.run(command, capture_output=True, text=True,  # no model in this folder
+                         env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "smepo.py: --model tiny_tasks/base is no model" in run.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--arms", "none,magic"], "unknown arm magic: take some of none, full"),
+    (["--seeds", "0"], "--seeds 0: it must be at least 1"), (["--rates", "fast"], "--rates fast"),
+    (["--sweep", "--arms", "semantic"], "add none to --arms"), (["--what"], "unknown flag --what"),
+    (["--quick", "--sweep"], "not allowed with")])
+def test_compare_refuses_bad_input_in_one_line(capsys, arguments, message):
+    assert smepo.main(["compare", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not Path("runs").exists()

@@ -1,0 +1,427 @@
+"""`python smepo.py compare`: every arm from the same base, measured in the same way.
+
+One job trains one arm with one seed and leaves one JSON file in the output folder; a job whose file
+is there is not run again, so the command resumes wherever it was stopped. The summary and the
+pictures are made from these files alone.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import queue
+import random
+import re
+import statistics
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import smepo
+from tiny_tasks import make_tasks
+
+ARMS = {
+    "none": {"guide": "none"},  # GRPO
+    "full": {"guide": "full"},
+    "prefix": {"guide": "prefix"},
+    "random": {"guide": "random"},
+    "semantic": {},  # SMEPO
+    "on-failure": {"guide_when": "on-failure"},
+    "fraction": {"guide_when": "0.5"},
+    "expert-loss": {"expert_coef": 0.1},
+}
+QUICK = ("none", "full", "random", "semantic")
+# Each arm's best of --rates (its table is in the README), on seeds that the report does not use.
+RATES = dict.fromkeys(ARMS, 2e-4)
+KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "rollouts",
+        "seconds_rollout", "seconds_update")  # what a job's file keeps of each step
+
+
+# ---- One job -------------------------------------------------------------------------------------
+
+
+def altered(question: str, rng: random.Random) -> str:
+    """A trace like the expert's, but its results are wrong and carried on: not true, if copied."""
+    numbers, operators = re.findall(r"\d+", question), re.findall("[-+*]", question)
+    numbers = [int(number) for number in numbers]
+    truth = make_tasks.solve(numbers, operators)[1]
+    while True:
+        wrong = make_tasks.solve(numbers, operators, lambda *operation: rng.choice(
+            (-3, -2, -1, 1, 2, 3)) + make_tasks.apply_operator(*operation))
+        if wrong and wrong[1] != truth:
+            return wrong[0]
+
+
+def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float:
+    """Shown an altered trace: how often does the answer follow the trace, not the truth?"""
+    traces = [altered(problem.question, random.Random(problem.question)) for problem in problems]
+    texts = [smepo.build_prompt(tokenizer, problem.question, trace)
+             for problem, trace in zip(problems, traces, strict=True)]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    completions = smepo.sample(model, tokenizer, prompts, 1, config)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return sum(smepo.reward(text, smepo.stated(trace), config.domain)
+               for text, trace in zip(texts, traces, strict=True)) / len(problems)
+
+
+@torch.no_grad()
+def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> float:
+    """Mean of log pi(o | x, guide) - log pi(o | x) in nats, over correct guided rollouts o."""
+    groups = smepo.rollout(model, tokenizer, problems, [True] * len(problems), 1, config)
+    right = [group for group in groups if group.rewards[0]]
+    completions, mask = smepo.pad([group.completions[0] for group in right],
+                                  tokenizer.pad_token_id, "right", model.device)  # (N, T)
+    sums = []
+    for kind in ("guided_ids", "prompt_ids"):
+        prompts = [getattr(group.problem, kind) for group in right]
+        ids, prompt_mask = smepo.pad(prompts, tokenizer.pad_token_id, "left", model.device)
+        logprobs = smepo.token_logprobs(
+            model, torch.cat([ids, completions], 1), torch.cat([prompt_mask, mask], 1),
+            mask.shape[1], config.temperature)
+        sums.append((logprobs * mask).sum(1))
+    return (sums[0] - sums[1]).mean().item() if right else float("nan")
+
+
+def run_job(job: dict, tick) -> dict:
+    """Train one arm with one seed; `tick` is called after every step. Returns what is kept."""
+    config = smepo.Config(**ARMS[job["arm"]], steps=job["steps"], seed=job["seed"],
+                          learning_rate=job["learning_rate"])
+    smepo.logging.disable_progress_bar()
+    smepo.datasets.disable_progress_bars()
+    torch.set_num_threads(config.threads)
+    model, tokenizer = smepo.load_model(config.model, config)
+    problems = smepo.load_problems(job["data"], config.guide, tokenizer, config)
+    tests = smepo.load_problems(config.test_data, "none", tokenizer, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    once, often = replace(config, eval_samples=1), replace(config, eval_samples=8)
+    torch.manual_seed(config.seed)  # each later step seeds its own sampling
+    steps, points = [], [smepo.evaluate(model, tokenizer, tests, once)["pass@1"]]
+    for step in range(1, config.steps + 1):
+        _, metrics = smepo.train_step(model, tokenizer, optimizer, problems, step, config)
+        steps.append([round(metrics[key], 4) for key in KEPT])
+        if step % job["eval_every"] == 0:
+            points.append(smepo.evaluate(model, tokenizer, tests, once)["pass@1"])
+        tick()
+    hardest = [problem for problem in smepo.load_problems(
+        config.test_data, "semantic", tokenizer, config) if problem.difficulty == "5"]
+    final = smepo.evaluate(model, tokenizer, tests, often)
+    return job | {
+        "steps_kept": KEPT, "curve": steps, "device": str(model.device),
+        "points": [{level: round(mean, 4) for level, (mean, _) in p.items()} for p in points],
+        "final": {k: {level: round(mean, 4) for level, (mean, _) in final[k].items()}
+                  for k in ("pass@1", "pass@8")},
+        "copy_rate": copy_rate(model, tokenizer, hardest, config),
+        "hint_reliance": hint_reliance(model, tokenizer, hardest, config)}
+
+
+# ---- All jobs ------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def file_of(job: dict, out: Path) -> Path:
+    return out / "raw" / ("{arm}_{task}_{learning_rate:g}_{steps}_{seed}.json".format(**job))
+
+
+def run_job_to_file(job: dict, out: Path, ticks) -> None:
+    write(file_of(job, out), json.dumps(run_job(job, lambda: ticks.put(1))))
+
+
+def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
+    """Run what has no file yet, `workers` at a time; the records of all jobs, in their order."""
+    todo = [job for job in jobs if not file_of(job, out).exists()]
+    (out / "raw").mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+    bar = tqdm(total=sum(job["steps"] for job in todo), unit="step", disable=not todo)
+    with (context.Manager() as manager,
+          concurrent.futures.ProcessPoolExecutor(workers, context) as pool):
+        ticks = manager.Queue()
+        futures = [pool.submit(run_job_to_file, job, out, ticks) for job in todo]
+        try:
+            while not (all(future.done() for future in futures) and ticks.empty()):
+                with contextlib.suppress(queue.Empty):
+                    bar.update(ticks.get(timeout=0.5))
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises what the job raised
+        except BaseException:  # Ctrl-C, too: finished jobs have their files
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    bar.close()
+    return [json.loads(file_of(job, out).read_text(encoding="utf-8")) for job in jobs]
+
+
+# ---- What the jobs say ---------------------------------------------------------------------------
+
+
+def column(record: dict, name: str) -> list[float]:
+    return [step[record["steps_kept"].index(name)] for step in record["curve"]]
+
+
+def spent(record: dict, name: str) -> list[float]:
+    """Rollouts or training seconds (sampling, all passes, and update; no evaluation) until each
+    point of the accuracy curve."""
+    names = ["seconds_rollout", "seconds_update"] if name == "seconds" else [name]
+    total = [0, *itertools.accumulate(map(sum, zip(*(column(record, n) for n in names),
+                                                   strict=True)))]
+    return total[:: record["eval_every"]]
+
+
+def reaches(record: dict, target: float) -> dict | None:
+    """Steps, rollouts and seconds until the unguided mean is first at the target; None: never."""
+    for i, point in enumerate(record["points"]):
+        if point["mean"] >= target:
+            return {"steps": i * record["eval_every"]} | {
+                name: spent(record, name)[i] for name in ("rollouts", "seconds")}
+    return None
+
+
+def mean_error(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard error over seeds; one seed has none."""
+    values = [value for value in values if value == value]  # without nan
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def by_arm(records: list[dict]) -> dict[str, list[dict]]:
+    arms = {}
+    for record in records:
+        arms.setdefault(record["arm"], []).append(record)
+    return arms
+
+
+def speed(records: list[dict], grpo: dict[int, dict]) -> list[str]:
+    """Steps, rollouts and seconds to GRPO's final unguided mean, and GRPO's seconds over these;
+    only seeds that get there count, and how many do is said. `grpo`: GRPO's records by seed."""
+    pairs = [(record, grpo[record["seed"]]) for record in records if record["seed"] in grpo]
+    hits = [(reaches(record, other["final"]["pass@1"]["mean"]), other) for record, other in pairs]
+    found = [(hit, other) for hit, other in hits if hit]
+    cells = [mean_error([float(hit[name]) for hit, _ in found], digits)
+             for name, digits in (("steps", 1), ("rollouts", 0), ("seconds", 1))]
+    ratios = [spent(other, "seconds")[-1] / hit["seconds"]
+              for hit, other in found if hit["seconds"]]
+    return [*cells, mean_error(ratios, 2), f"{len(found)} of {len(hits)}"]
+
+
+def why(records: list[dict]) -> list[str]:
+    """Groups without a signal, early and late; leaks; copying; reliance on the hint."""
+    fifth = max(1, len(records[0]["curve"]) // 5)
+
+    def over(name: str, part: slice) -> str:
+        return mean_error([statistics.mean(column(record, name)[part]) for record in records])
+
+    return [*(over(f"zero_variance_{kind}", part) for part in (slice(fifth), slice(-fifth, None))
+              for kind in ("wrong", "right")), over("leak_rate", slice(None)),
+            mean_error([record["copy_rate"] for record in records]),
+            mean_error([record["hint_reliance"] for record in records], 2)]
+
+
+def summarize(records: list[dict], out: Path) -> str:
+    """summary.md: what every arm ends with, how fast it gets to GRPO's end, and why."""
+    arms, levels = by_arm(records), ("2", "3", "4", "5", "mean")
+    grpo = {record["seed"]: record for record in arms.get("none", [])}
+    start = [record["points"][0] for record in next(iter(arms.values()))]
+    ends = [["the base", "", *(mean_error([p[k] for p in start]) for k in levels), ""]]
+    for arm, group in arms.items():
+        ends.append([
+            arm, mean_error([statistics.mean(column(record, "reward")[-5:]) for record in group]),
+            *(mean_error([record["final"]["pass@1"][k] for record in group]) for k in levels),
+            mean_error([record["final"]["pass@8"]["mean"] for record in group])])
+    text = "\n".join((
+        table(("arm", "training reward, last 5 steps", "unguided k = 2", "k = 3", "k = 4", "k = 5",
+               "mean", "pass@8, mean"), ends),
+        table(("arm", "steps to GRPO's final mean", "rollouts", "training seconds",
+               "GRPO's seconds / these", "seeds that get there"),
+              [[arm, *speed(group, grpo)] for arm, group in arms.items()]),
+        table(("arm", "groups all wrong, first fifth", "all right", "all wrong, last fifth",
+               "all right", "leak rate", "copy rate", "hint reliance, nats"),
+              [[arm, *why(group)] for arm, group in arms.items()])))
+    write(out / "summary.md", text)
+    return text
+
+
+# Okabe and Ito's colours, told apart by the colour-blind; the dashes tell them apart in print.
+STYLES = {"none": ("#000000", "-"), "full": ("#D55E00", "--"), "prefix": ("#CC79A7", ":"),
+          "random": ("#E69F00", "-."), "semantic": ("#0072B2", "-"), "fraction": ("#009E73", "-."),
+          "on-failure": ("#56B4E9", "--"), "expert-loss": ("#999999", ":")}
+NAMES = {"none": "GRPO", "full": "full trace", "semantic": "SMEPO", "random": "random mask",
+         "on-failure": "SMEPO on failure", "fraction": "SMEPO, half the prompts",
+         "expert-loss": "SMEPO + expert loss"}
+
+
+def band(axes, arm: str, x, rows: list[list[float]], label: str | None = None, dashes=None):
+    """The mean over seeds, and a band of one standard error."""
+    y = torch.tensor(rows)  # (seeds, points)
+    error = y.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.zeros_like(y[0])
+    colour, style = STYLES[arm]
+    axes.plot(x, y.mean(0), color=colour, linestyle=dashes or style, label=label, linewidth=1.6)
+    axes.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=colour, alpha=0.15)
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Training reward beside unguided accuracy, against training time; the share of groups without
+    a signal, against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    reward, accuracy, wasted = figure.subplots(1, 3)
+    for arm, group in by_arm(records).items():
+        every = group[0]["eval_every"]
+        time = torch.tensor([spent(record, "seconds") for record in group]).mean(0)
+        band(accuracy, arm, time, [[p["mean"] for p in record["points"]] for record in group],
+             NAMES.get(arm, arm))
+        curves = [smooth(column(record, "reward"))[every - 1 :: every] for record in group]
+        band(reward, arm, time[1:], curves)
+        for kind, dashes in (("wrong", "-"), ("right", ":")):
+            band(wasted, arm, range(1, len(group[0]["curve"]) + 1),
+                 [smooth(column(record, f"zero_variance_{kind}"), 10) for record in group],
+                 dashes=dashes)
+    reward.set(title="training reward, as guided", xlabel="training seconds", ylim=(0, 1))
+    accuracy.set(title="held-out accuracy, unguided", xlabel="training seconds", ylim=(0, 1))
+    wasted.set(title="groups all wrong (—), all right (···)", xlabel="step",
+               ylim=(0, 1))
+    accuracy.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def sweep_table(records: list[dict], out: Path) -> str:
+    """Speed-up over GRPO of each arm, by how often the base solves the training problems."""
+    rows, points = [], {}
+    for task, group in itertools.groupby(records, lambda record: record["task"]):
+        arms, level = by_arm(list(group)), task.removeprefix("k")
+        grpo = {record["seed"]: record for record in arms["none"]}
+        success = statistics.mean(record["points"][0][level] for record in arms["none"])
+        for arm, runs in arms.items():
+            hits = [(reaches(run, grpo[run["seed"]]["points"][-1]["mean"]), run) for run in runs]
+            ratios = [spent(grpo[run["seed"]], "seconds")[-1] / hit["seconds"] if hit else 0.0
+                      for hit, run in hits if not hit or hit["seconds"]]  # never: 0
+            points.setdefault(arm, []).append((success, ratios))
+            rows.append([task, f"{success:.3f}", arm,
+                         mean_error([run["final"]["pass@1"]["mean"] for run in runs]),
+                         mean_error(ratios), f"{sum(bool(hit) for hit, _ in hits)}/{len(hits)}"])
+    text = table(("trained on", "base, unguided", "arm", "unguided mean",
+                  "GRPO's seconds / seconds to its final mean, 0 for never", "get there"), rows)
+    write(out / "sweep.md", text)
+    if find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for arm, values in points.items():
+            if arm != "none":
+                x, ratios = zip(*sorted(values), strict=True)
+                band(axes, arm, x, [list(row) for row in zip(*ratios, strict=True)],
+                     NAMES.get(arm, arm))
+        axes.axhline(1, color="#000000", linewidth=1, label="GRPO")
+        axes.set(xlabel="unguided success of the base on the training problems",
+                 ylabel="speed-up over GRPO", xscale="symlog", ylim=(0, None))
+        axes.legend(fontsize=8)
+        figure.savefig(out / "sweep.png", dpi=150)
+    return text
+
+
+def rates_table(records: list[dict], out: Path) -> str:
+    """Unguided mean of each arm at each learning rate."""
+    rows = []
+    for arm, group in by_arm(records).items():
+        for rate in sorted({record["learning_rate"] for record in group}):
+            finals = [record["final"]["pass@1"]["mean"] for record in group
+                      if record["learning_rate"] == rate]
+            rows.append([arm, f"{rate:g}", mean_error(finals)])
+    text = table(("arm", "learning rate", "unguided mean"), rows)
+    write(out / "rates.md", text)
+    return text
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def jobs_of(arms, seeds, steps: int, rates: dict[str, float], task: str, data: Path) -> list[dict]:
+    return [{"arm": arm, "seed": seed, "steps": steps, "eval_every": max(1, steps // 30),
+             "learning_rate": rates[arm], "task": task, "data": str(data)}
+            for seed in seeds for arm in arms]  # seed by seed: a stopped run is even
+
+
+def training_file(k: int, out: Path) -> Path:
+    """2,000 training problems with k operations."""
+    path = out / f"k{k}.jsonl"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        rows = make_tasks.draw_rows(k, {k: 2000}, held_out=False)
+        write(path, make_tasks.to_jsonl(rows).decode())
+    return path
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="smepo.py compare", description=__doc__.splitlines()[0],
+                                     exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; without it, all")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
+    parser.add_argument("--steps", type=int, default=60, help="of every arm")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time, a core each")
+    parser.add_argument("--out", default="runs/compare", help="the folder to write")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help=f"one seed of {', '.join(QUICK)}")
+    kind.add_argument("--sweep", action="store_true", help="train on 2, 3, 4 and 5 operations")
+    kind.add_argument("--rates", help="learning rates to try, on other seeds: 1e-4,2e-4")
+    given, rest = parser.parse_known_args(arguments)
+    given.arms = given.arms.split(",") if given.arms else {
+        "quick": QUICK, "sweep": QUICK[:1] + ("semantic", "fraction")}.get(
+            "quick" if given.quick else "sweep" if given.sweep else "", list(ARMS))
+    wrong = [arm for arm in given.arms if arm not in ARMS]
+    if rest or wrong:
+        raise smepo.UserError(f"unknown arm {wrong[0]}: take some of {', '.join(ARMS)}" if wrong
+                              else f"unknown flag {rest[0]}: compare --help lists them all")
+    if given.sweep and "none" not in given.arms:
+        raise smepo.UserError("--sweep measures against GRPO: add none to --arms")
+    for name in ("seeds", "steps", "jobs"):
+        if getattr(given, name) < 1:
+            raise smepo.UserError(f"--{name} {getattr(given, name)}: it must be at least 1")
+    return given
+
+
+def main(arguments: list[str]) -> None:
+    given = parse(arguments)
+    out, seeds, data = Path(given.out), range(1 if given.quick else given.seeds), smepo.Config.data
+    if given.rates:
+        try:
+            rates = [float(rate) for rate in given.rates.split(",")]
+        except ValueError as error:
+            raise smepo.UserError(f"--rates {given.rates}: numbers like 1e-4,2e-4") from error
+        jobs = [job for rate in rates for job in jobs_of(
+            given.arms, [100 + seed for seed in seeds], given.steps,
+            dict.fromkeys(ARMS, rate), "k5", data)]
+        print(rates_table(run_all(jobs, out, given.jobs), out))
+    elif given.sweep:
+        jobs = [job for k in (2, 3, 4, 5) for job in jobs_of(
+            given.arms, seeds, given.steps, RATES, f"k{k}", training_file(k, out))]
+        print(sweep_table(run_all(jobs, out, given.jobs), out))
+    else:
+        records = run_all(jobs_of(given.arms, seeds, given.steps, RATES, "k5", data), out,
+                          given.jobs)
+        print(summarize(records, out))
+        if find_spec("matplotlib"):
+            draw(records, out / "compare.png")
+    print(f"{out} holds the tables, the pictures and, under raw, what each run measured")
