@@ -36,7 +36,7 @@ ARMS = {
     "fraction": {"guide_when": "0.5"},
     "expert-loss": {"expert_coef": 0.1},
 }
-QUICK = ("none", "full", "random", "semantic")
+QUICK, SWEPT = ("none", "full", "random", "semantic"), ("none", "semantic", "fraction")
 # Each arm's best of --rates (its table is in the README), on seeds that the report does not use.
 RATES = dict.fromkeys(ARMS, 2e-4)
 KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "rollouts",
@@ -129,7 +129,7 @@ def write(path: Path, text: str) -> None:
 
 
 def file_of(job: dict, out: Path) -> Path:
-    return out / "raw" / ("{arm}_{task}_{learning_rate:g}_{steps}_{seed}.json".format(**job))
+    return out / "raw" / ("{arm}_{task}_{learning_rate:g}_{steps}_{eval_every}_{seed}.json".format(**job))
 
 
 def run_job_to_file(job: dict, out: Path, ticks) -> None:
@@ -159,7 +159,9 @@ def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
                 process.terminate()
             raise
     bar.close()
-    return [json.loads(file_of(job, out).read_text(encoding="utf-8")) for job in jobs]
+    texts = [file_of(job, out).read_text(encoding="utf-8") for job in jobs]
+    write(out / "runs.jsonl", "".join(text + "\n" for text in texts))
+    return [json.loads(text) for text in texts]
 
 
 # ---- What the jobs say ---------------------------------------------------------------------------
@@ -358,10 +360,10 @@ def rates_table(records: list[dict], out: Path) -> str:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def jobs_of(arms, seeds, steps: int, rates: dict[str, float], task: str, data: Path) -> list[dict]:
-    return [{"arm": arm, "seed": seed, "steps": steps, "eval_every": max(1, steps // 30),
-             "learning_rate": rates[arm], "task": task, "data": str(data)}
-            for seed in seeds for arm in arms]  # seed by seed: a stopped run is even
+def jobs_of(given, seeds, rates: dict[str, float], task: str, data) -> list[dict]:
+    return [{"arm": arm, "seed": seed, "steps": given.steps, "learning_rate": rates[arm],
+             "eval_every": max(1, given.steps // given.points), "task": task, "data": str(data)}
+            for seed in seeds for arm in given.arms]  # seed by seed: a stopped run is even
 
 
 def training_file(k: int, out: Path) -> Path:
@@ -380,6 +382,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; without it, all")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
     parser.add_argument("--steps", type=int, default=60, help="of every arm")
+    parser.add_argument("--points", type=int, default=30, help="evaluations on the way")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time, a core each")
     parser.add_argument("--out", default="runs/compare", help="the folder to write")
     kind = parser.add_mutually_exclusive_group()
@@ -387,16 +390,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     kind.add_argument("--sweep", action="store_true", help="train on 2, 3, 4 and 5 operations")
     kind.add_argument("--rates", help="learning rates to try, on other seeds: 1e-4,2e-4")
     given, rest = parser.parse_known_args(arguments)
-    given.arms = given.arms.split(",") if given.arms else {
-        "quick": QUICK, "sweep": QUICK[:1] + ("semantic", "fraction")}.get(
-            "quick" if given.quick else "sweep" if given.sweep else "", list(ARMS))
+    usual = QUICK if given.quick else SWEPT if given.sweep else tuple(ARMS)
+    given.arms = given.arms.split(",") if given.arms else usual
     wrong = [arm for arm in given.arms if arm not in ARMS]
     if rest or wrong:
         raise smepo.UserError(f"unknown arm {wrong[0]}: take some of {', '.join(ARMS)}" if wrong
                               else f"unknown flag {rest[0]}: compare --help lists them all")
     if given.sweep and "none" not in given.arms:
         raise smepo.UserError("--sweep measures against GRPO: add none to --arms")
-    for name in ("seeds", "steps", "jobs"):
+    for name in ("seeds", "steps", "points", "jobs"):
         if getattr(given, name) < 1:
             raise smepo.UserError(f"--{name} {getattr(given, name)}: it must be at least 1")
     return given
@@ -410,18 +412,17 @@ def main(arguments: list[str]) -> None:
             rates = [float(rate) for rate in given.rates.split(",")]
         except ValueError as error:
             raise smepo.UserError(f"--rates {given.rates}: numbers like 1e-4,2e-4") from error
+        given.points = 1
         jobs = [job for rate in rates for job in jobs_of(
-            given.arms, [100 + seed for seed in seeds], given.steps,
-            dict.fromkeys(ARMS, rate), "k5", data)]
+            given, [100 + seed for seed in seeds], dict.fromkeys(ARMS, rate), "k5", data)]
         print(rates_table(run_all(jobs, out, given.jobs), out))
     elif given.sweep:
         jobs = [job for k in (2, 3, 4, 5) for job in jobs_of(
-            given.arms, seeds, given.steps, RATES, f"k{k}", training_file(k, out))]
+            given, seeds, RATES, f"k{k}", training_file(k, out))]
         print(sweep_table(run_all(jobs, out, given.jobs), out))
     else:
-        records = run_all(jobs_of(given.arms, seeds, given.steps, RATES, "k5", data), out,
-                          given.jobs)
+        records = run_all(jobs_of(given, seeds, RATES, "k5", data), out, given.jobs)
         print(summarize(records, out))
         if find_spec("matplotlib"):
             draw(records, out / "compare.png")
-    print(f"{out} holds the tables, the pictures and, under raw, what each run measured")
+    print(f"{out} holds the tables, the pictures and runs.jsonl, what each run measured")

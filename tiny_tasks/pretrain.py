@@ -8,6 +8,7 @@ carelessly, and it cannot plan the hardest problems alone. README.md beside this
 """
 
 import argparse
+import functools
 import itertools
 import os
 import random
@@ -29,10 +30,12 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smepo  # noqa: E402
+from tiny_tasks.compare import copy_rate  # noqa: E402
 
 ERROR_RATE = 0.25  # a computed result is wrong this often, and the error is carried on
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else operations are overlooked
 LONGEST = 3  # operations that are left when some are overlooked
+WRONG_RATE = 0.5  # so many guides are careless themselves: what is shown is copied, not checked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
     ("semantic", None): 0.28, ("full", None): 0.17, ("random", None): 0.05, ("prefix", None): 0.05,
@@ -71,24 +74,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def careless_solution(rng: random.Random, numbers: list[int], operators: list[str], spans) -> str:
-    """A solution that copies the results outside the hidden `spans`, the others with mistakes."""
-    trace, answer = tasks.solve(numbers, operators)
-    hidden = {start for start, _, _ in spans}
-    shown = [match.start(1) not in hidden for match in re.finditer(r"(?:=|is) (\d+)\.", trace)]
-    true_results = [int(value) for value in re.findall(r"= (\d+)\.", trace)]
-    step = iter(range(len(operators)))
+def careless(rng: random.Random, left: int, operator: str, right: int) -> int:
+    """The result of an operation, wrong at ERROR_RATE and wherever it would leave the range."""
+    result = tasks.apply_operator(left, operator, right)
+    if rng.random() < ERROR_RATE or not 0 <= result <= tasks.LARGEST:
+        return rng.choice([value for value in range(tasks.LARGEST + 1) if value != result])
+    return result
 
-    def result_of(left: int, operator: str, right: int) -> int:
-        i, result = next(step), tasks.apply_operator(left, operator, right)
-        if shown[i]:
-            return true_results[i]
-        if rng.random() < ERROR_RATE or not 0 <= result <= tasks.LARGEST:
-            return rng.choice([value for value in range(tasks.LARGEST + 1) if value != result])
-        return result
+
+def solution(rng: random.Random, numbers: list[int], operators: list[str], trace: str, spans):
+    """What to imitate: the trace's results where it shows them, else careless ones, carried on."""
+    hidden = {start for start, _, _ in spans}
+    results = list(re.finditer(r"(?:=|is) (\d+)\.", trace))
+    shown = [None if match.start(1) in hidden else int(match[1]) for match in results]
+    step = iter(shown)
+
+    def result_of(*operation) -> int:
+        copied = next(step)
+        return careless(rng, *operation) if copied is None else copied
 
     text, _ = tasks.solve(numbers, operators, result_of)
-    return re.sub(r"is \d+\.$", f"is {answer}.", text) if shown[-1] else text
+    return text if shown[-1] is None else re.sub(r"is \d+\.$", f"is {shown[-1]}.", text)
 
 
 def overlook(rng: random.Random, numbers: list[int], operators: list[str]):
@@ -106,6 +112,8 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     numbers, operators = tasks.draw_problem(rng, k or rng.randint(2, 5), held_out=False)
     question, (trace, _) = tasks.question_of(numbers, operators), tasks.solve(numbers, operators)
+    if rng.random() < WRONG_RATE:
+        trace, _ = tasks.solve(numbers, operators, functools.partial(careless, rng))
     seed, ratio = str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
     if guide == "none" and rng.random() > PLAN_RATE[k]:
@@ -116,7 +124,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
         spans = smepo.random_spans(trace, spans, seed)
     elif guide in ("full", "prefix"):
         spans = [span for span in spans if span[0] >= len(text)]
-    return question, text, careless_solution(rng, numbers, operators, spans)
+    return question, text, solution(rng, numbers, operators, trace, spans)
 
 
 def batches(tokenizer, rng: random.Random, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -165,7 +173,8 @@ def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int):
 def calibrate(model, tokenizer, count: int = 1000, seed: int = 12345) -> dict:
     """{(guide, k): (accuracy, lucky)} over `count` held-out problems, sampled once each at T = 1.
 
-    Lucky: right by its answer, although the solution is not the expert's.
+    Lucky: right by its answer, although the solution is not the expert's. The last row shows
+    traces with wrong results; its accuracy is how often the answer follows them.
     """
     torch.manual_seed(seed)
     config, table = smepo.Config(), {}
@@ -179,6 +188,7 @@ def calibrate(model, tokenizer, count: int = 1000, seed: int = 12345) -> dict:
         right = [group for group in groups if group.rewards[0]]
         lucky = [group for group in right if group.texts[0] != group.problem.trace]
         table[guide, k] = len(right) / count, len(lucky) / count
+    table["altered", 5] = copy_rate(model, tokenizer, problems, config), 0.0
     return table
 
 
