@@ -1372,6 +1372,27 @@ def test_speed_counts_steps_rollouts_and_seconds_by_hand():
     # seed 0 takes 1 s for what took GRPO 4; seed 1 never gets there, so it is not in the mean
     assert compare.speed(smepo_runs, grpo) == ["2.0", "256", "1.0", "4.00", "1 of 2"]
     assert compare.speed(list(grpo.values()), grpo)[-2:] == ["1.00 ± 0.00", "2 of 2"]
+    ahead = fake("semantic", 0, [0.4, 0.4, 0.4], 0.5)  # from the start: at the first evaluation
+    assert compare.speed_up(ahead, grpo[0]) == 4.0
+
+
+def test_sweep_tells_speed_by_the_success_of_the_base(tmp_path):
+    records = [fake(arm, seed, means, 1.0, task=task)
+               for task in ("k2", "k5") for seed in (0, 1)
+               for arm, means in (("none", [0.2, 0.3, 0.4]),
+                                  ("semantic", [0.2, 0.4, 0.5] if task == "k2" else [0.2] * 3))]
+    text = compare.sweep_table(records, tmp_path)
+    assert "| k2 | 0.100 | semantic | 0.500 ± 0.000 | 2.00 ± 0.00 | 2 of 2 |" in text
+    assert "| k5 | 0.100 | semantic | 0.200 ± 0.000 | 0.00 ± 0.00 | 0 of 2 |" in text
+    assert (tmp_path / "sweep.md").read_text(encoding="utf-8") == text
+    assert (tmp_path / "sweep.png").stat().st_size > 0
+
+
+def test_learning_rates_are_tabulated_by_arm(tmp_path):
+    records = [fake("full", 100, [0.2, mean], 1.0, learning_rate=rate)
+               for rate, mean in ((1e-4, 0.3), (2e-4, 0.5))]
+    text = compare.rates_table(records, tmp_path)
+    assert "| full | 0.0001 | 0.300 |\n| full | 0.0002 | 0.500 |" in text
 
 
 def test_mean_error_by_hand():

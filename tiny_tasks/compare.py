@@ -191,6 +191,13 @@ def reaches(record: dict, target: float) -> dict | None:
     return None
 
 
+def speed_up(record: dict, grpo: dict) -> float:
+    """GRPO's training seconds over the seconds to its final unguided mean; 0 for never. There from
+    the start counts as there at the first evaluation on the way."""
+    hit, seconds = reaches(record, grpo["final"]["pass@1"]["mean"]), spent(record, "seconds")
+    return spent(grpo, "seconds")[-1] / max(hit["seconds"], seconds[1]) if hit else 0.0
+
+
 def mean_error(values: list[float], digits: int = 3) -> str:
     """Mean ± standard error over seeds; one seed has none."""
     values = [value for value in values if value == value]  # without nan
@@ -220,9 +227,8 @@ def speed(records: list[dict], grpo: dict[int, dict]) -> list[str]:
     found = [(hit, other) for hit, other in hits if hit]
     cells = [mean_error([float(hit[name]) for hit, _ in found], digits)
              for name, digits in (("steps", 1), ("rollouts", 0), ("seconds", 1))]
-    ratios = [spent(other, "seconds")[-1] / hit["seconds"]
-              for hit, other in found if hit["seconds"]]
-    return [*cells, mean_error(ratios, 2), f"{len(found)} of {len(hits)}"]
+    ratios = [speed_up(*pair) for pair in pairs]
+    return [*cells, mean_error([r for r in ratios if r], 2), f"{len(found)} of {len(hits)}"]
 
 
 def why(records: list[dict]) -> list[str]:
@@ -318,13 +324,11 @@ def sweep_table(records: list[dict], out: Path) -> str:
         grpo = {record["seed"]: record for record in arms["none"]}
         success = statistics.mean(record["points"][0][level] for record in arms["none"])
         for arm, runs in arms.items():
-            hits = [(reaches(run, grpo[run["seed"]]["points"][-1]["mean"]), run) for run in runs]
-            ratios = [spent(grpo[run["seed"]], "seconds")[-1] / hit["seconds"] if hit else 0.0
-                      for hit, run in hits if not hit or hit["seconds"]]  # never: 0
+            ratios = [speed_up(run, grpo[run["seed"]]) for run in runs]
             points.setdefault(arm, []).append((success, ratios))
             rows.append([task, f"{success:.3f}", arm,
                          mean_error([run["final"]["pass@1"]["mean"] for run in runs]),
-                         mean_error(ratios), f"{sum(bool(hit) for hit, _ in hits)}/{len(hits)}"])
+                         mean_error(ratios, 2), f"{sum(map(bool, ratios))} of {len(ratios)}"])
     text = table(("trained on", "base, unguided", "arm", "unguided mean",
                   "GRPO's seconds / seconds to its final mean, 0 for never", "get there"), rows)
     write(out / "sweep.md", text)
