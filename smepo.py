@@ -163,11 +163,11 @@ def same_answer(given: str, truth: str, domain: str) -> bool:
         return number_value(given) == value
     if domain == "search":  # words, without articles and punctuation
         sides = [re.findall(r"\w+|^\W+$", text.casefold()) for text in (given, truth)]
-        a, b = ([w for w in side if w not in ("a", "an", "the")] or side for side in sides)
+        given, truth = ([w for w in side if w not in ("a", "an", "the")] or side for side in sides)
     else:  # x^{2} is x^2 and (B) is B
         sides = [re.sub(r"\s|\{(?=\w\})|(?<=\{\w)\}", "", plain(text)) for text in (given, truth)]
-        a, b = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
-    return a == b
+        given, truth = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
+    return given == truth
 
 def reward(completion: str, ground_truth: str, domain: str) -> float:
     """1.0 if the last answer that the completion states is right, else 0.0."""
@@ -182,26 +182,26 @@ Span = tuple[int, int, str]  # start, end, and the mask shown instead
 Ids = list[int]  # token ids
 MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
 LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
-B, E = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # where a word begins and ends; \b sees digits, too
+START, END = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # of a word; \b would see digits, too
 HAN = "〇零一二两三四五六七八九十百千万亿"
-NAME = ("(?i:step|case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|"
+LABEL = ("(?i:step|case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|"
         "eqn?|formula|figure|fig|table|section|chapter|problem|question|example|property|condition|"
         "remark|definition|thm|prop|subcase|method|solution)")
 ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[A-Za-z]|"
       rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
 KEEP_WORDS = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
-    "Cases 1, 2 and 3": rf"{NAME}s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}",
+    "Cases 1, 2 and 3": rf"{LABEL}s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}",
     "Step 1": r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
-              rf"{NAME}\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID}"
+              rf"{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID}"
               r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))",
     "from (1)": r"(?i:from|in|into|and|with|via|see|of|both|eq\.?|(?<!ly )(?<!lied )(?<!ide )"
                 r"(?<!ided )by|(?:us|add|subtract|combin|substitut|insert)ing) \(\d{1,2}[a-c']?\)",
-    "the two roots": rf"(?i:the|these|those) (?:two|three|four|five|six){E}"
+    "the two roots": rf"(?i:the|these|those) (?:two|three|four|five|six){END}"
                      rf"(?= (?:(?!{'|'.join(SCALES)})[a-z]{{2}}|\[))",
-    "one can": rf"(?i:one(?= (?:can|could|may|might|must|should|would|has|by|of){E}))",
-    "no two": rf"(?i:no (?:one|two){E})",
+    "one can": rf"(?i:one(?= (?:can|could|may|might|must|should|would|has|by|of){END}))",
+    "no two": rf"(?i:no (?:one|two){END})",
     "the worst case": r"(?i:\w{2,9}st|base|th[aei]\w{0,3}|each|every|any|one|both|all|next) "
-                      rf"(?:case|step|part)s?{E}"}
+                      rf"(?:case|step|part)s?{END}"}
 KEEP_SIGNS = {  # but the limits of an integral are values
     "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
            r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
@@ -221,22 +221,22 @@ DIGITS = (r"(?:\d+(?:(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])\d{3}(?!\d)
 FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d)| ?[¼-¾⅐-\u2188]"
 POWER = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?(?:\^ ?\{?[-−+]?\d+\}?|[⁺⁻⁰¹²³⁴-⁹]+)|[eE][-+]?\d+(?!\w)"
 FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC}|{POWER})?|{FRAC})"
-           rf"(?: ?\\?%|(?:st|nd|rd|th){E}|[ -](?:{'|'.join(SCALES)}){E})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
+           rf"(?: ?\\?%|(?:st|nd|rd|th){END}|[ -](?:{'|'.join(SCALES)}){END})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
 WORD = (rf"(?:(?:{'|'.join(SMALL[:10:-1] + SMALL[10:1:-1] + [*SCALES])}|zero)(?:th|s|ths)?|one|"
         r"first|second|thirds?|(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|half|halves|quarters?)")
 SPELLED = (rf"(?i:(?:an? (?=hundred|thousand|million|dozen|half|quarter|third)|negative )?{WORD}"
-           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){E}")  # forty-two
+           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){END}")  # forty-two
 SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
 ROMAN = (r"(?=[IVXL]{2}|[IVXLCDM]{4})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})"
-         rf"(?:I[XV]|V?I{{0,3}}){E}")
+         rf"(?:I[XV]|V?I{{0,3}}){END}")
 COUNTED = rf"[{HAN}]{{2,}}|[二两三四五六七八九十](?=[个只本元岁人天年月日次倍米张条种])"
 KEPT_WORDS, KEPT_SIGNS = ("|".join(kept.values()) for kept in (KEEP_WORDS, KEEP_SIGNS))
 MATH = re.compile(
-    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{B}(?=[A-Za-z]{{2}})(?:{KEPT_WORDS})|"
+    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{START}(?=[A-Za-z]{{2}})(?:{KEPT_WORDS})|"
     rf"{KEPT_SIGNS}|{MASK}|"
     rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
-    rf"(?P<number>(?![A-Za-z\s(#\[{{]){FIGURES}|{B}(?=[A-Za-z]{{2}})(?:{SPELLED}|{ROMAN})|{COUNTED})|"
-    rf"[{LATIN}]+|[ \t(){{}}]", re.MULTILINE)
+    rf"(?P<number>(?![A-Za-z\s(#\[{{]){FIGURES}|{START}(?=[A-Za-z]{{2}})(?:{SPELLED}|{ROMAN})|"
+    rf"{COUNTED})|[{LATIN}]+|[ \t(){{}}]", re.MULTILINE)
 
 def math_spans(trace: str, answer: str) -> list[Span]:
     """Numbers, and what is boxed."""
@@ -251,9 +251,10 @@ def math_spans(trace: str, answer: str) -> list[Span]:
     return spans
 
 # How else the signs of an answer may be written, and what may stand between them.
-SPELLINGS = {"-": "[-−–]", "\\pi": rf"(?:\\pi{E}|π|{B}pi{E})", "\\infty": r"(?:\\infty|∞)", "/":
-             r"(?:/|\}\s?\{)?", "\\sqrt": r"(?:\\sqrt|√)", "^": r"(?:\^|\*\*)?", "\\le":
-             r"(?:\\leq?|≤|<=)", "\\ge": r"(?:\\geq?|≥|>=)", "*": r"(?:\\cdot|\\times|\*)?"}
+SPELLINGS = {"-": "[-−–]", "*": r"(?:\\cdot|\\times|\*)?", "/": r"(?:/|\}\s?\{)?",
+             "^": r"(?:\^|\*\*)?", "\\infty": r"(?:\\infty|∞)",
+             "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
+             "\\sqrt": r"(?:\\sqrt|√)", "\\le": r"(?:\\leq?|≤|<=)", "\\ge": r"(?:\\geq?|≥|>=)"}
 NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
 
 def answer_spans(trace: str, answer: str) -> list[Span]:
@@ -265,13 +266,13 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
             or number_value(answer) is not None):
         return []
     pattern = NOISE.join(SPELLINGS.get(token, re.escape(token)) for token in tokens)
-    left = r"(?<![\d.])" if pattern[0].isdigit() else B if pattern[0].isalpha() else ""
-    right = r"(?!\d)" if pattern[-1].isdigit() else E if pattern[-1].isalpha() else ""
+    left = r"(?<![\d.])" if pattern[0].isdigit() else START if pattern[0].isalpha() else ""
+    right = r"(?!\d)" if pattern[-1].isdigit() else END if pattern[-1].isalpha() else ""
     find = rf"(?:\\[dt]?frac\s?)?[\[({{]{{0,3}}{left}({pattern})s?{right}[\])}}]{{0,3}}"
     if re.fullmatch("[a-z]|yes|no|true|false", pattern):
         cased = re.search(r"\b[A-Z]\b", answer)
         pattern = f"(?-i:{cased[0]})" if cased else pattern
-        find = (rf"(?:####|{B}(?:answer|choice|option|is|so|thus|hence|therefore))(?: is)?"
+        find = (rf"(?:####|{START}(?:answer|choice|option|is|so|thus|hence|therefore))(?: is)?"
                 rf"[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
                 rf"(?=[^\w\s'’-]|\s*$| because| since)|\(({pattern}{{1}})\)")
     return [(*match.span(match.lastindex), "[ANSWER]")
@@ -359,19 +360,20 @@ capital founder birthplace population date year title doc document source passag
 query answer step""".split()
 LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
-CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){E}(?!\.[ ]?[A-Z]))"
-       rf"(?:{B}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{E}){LETTER}+)*")  # O'Neil, Łódź
+CAP = (  # O'Neil, Łódź
+    rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
+    rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
-NAMES = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
+NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
     rf"</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
-    rf"{B}(?i:step|doc|document|passage|result|source|hop|question|query) ?\#?\d+|(?P<number>"
-    rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){E})?%?(?: (?:{'|'.join(SCALES)}){E})?|"
-    rf"{B}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAMES})|[{LATIN}]+", re.MULTILINE)
+    rf"{START}(?i:step|doc|document|passage|result|source|hop|question|query) ?\#?\d+|(?P<number>"
+    rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?(?: (?:{'|'.join(SCALES)}){END})?|"
+    rf"{START}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|[{LATIN}]+", re.MULTILINE)
 QUERY = re.compile(r"<(?:search|query|tool_call)>([^<]*)|\"query\"\s?:\s?\"([^\"\n]*)")
 OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
 WORDS = re.compile(rf"{MASK}|{LETTER}+")
-VERB = re.compile(rf"['’]s?{E}| (?:is|was|has|had|became|won|wrote|died|are|were){E}")
+VERB = re.compile(rf"['’]s?{END}| (?:is|was|has|had|became|won|wrote|died|are|were){END}")
 
 @lru_cache(10_000)
 def key(word: str) -> str:
@@ -382,8 +384,8 @@ def search_spans(trace: str, answer: str) -> list[Span]:
     given = re.finditer(r"<answer>\s*([^<]*[^<\s])", trace)
     given = [match for match in given if not re.search(MASK, match[1])]
     spans = [(*m.span(1), "[ANSWER]" if m[1].islower() else "[ENTITY]") for m in given]
-    names, unsure = [name for m in given for name in re.findall(CAP, m[1])], []
-    names += re.findall(CAP, answer)
+    names = re.findall(CAP, " ".join([answer, *(match[1] for match in given)]))
+    unsure = []
     for match in ENTITY.finditer(trace):
         (start, end), number, name = match.span(), match["number"], match["name"]
         if number and (number in SMALL[:13] or SELDOM.fullmatch(number)):
@@ -394,12 +396,13 @@ def search_spans(trace: str, answer: str) -> list[Span]:
             continue
         if number or name:
             spans.append((start, end, "[ENTITY]"))
-            names.append(name or "")
+        if name:
+            names.append(name)
     words = [re.findall(f"{LETTER}+", name) for name in set(names)]
-    known = {key("".join(word[0] for word in name)) for name in words}  # UNESCO
-    known = known.union(*(map(key, name) for name in words)) - {*ORDINARY}
-    known = {k for k in known if len(k) > 1}
-    prose = set(re.findall(rf"{B}[{LOWER}]+{E}", QUERY.sub("", trace)))
+    known = {key(word) for name in words for word in name}
+    known |= {key("".join(word[0] for word in name)) for name in words}  # UNESCO
+    known = {word for word in known if len(word) > 1 and word not in ORDINARY}
+    prose = set(re.findall(rf"{START}[{LOWER}]+{END}", QUERY.sub("", trace)))
     asked = [word for query in QUERY.finditer(trace) if query.lastindex  # in lower case, perhaps
              for word in WORDS.finditer(trace, *query.span(query.lastindex))
              if word[0] not in prose]
@@ -412,7 +415,9 @@ def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     if not answer and (domain == "search" or not re.search(r"\w\s+\w", stated(trace))):
         answer = stated(trace)  # several words in math are prose: "the answer is found by ..."
     found, spans = DOMAINS[domain](trace, answer), []
-    for start, end, mask in sorted(found + answer_spans(trace, answer) * (domain != "code")):
+    if domain != "code":  # whose answer, the tests, is never in the trace
+        found += answer_spans(trace, answer)
+    for start, end, mask in sorted(found):
         joint = spans and domain == "search" and trace[spans[-1][1] : start] == " "  # 9 March 1742
         if joint or spans and start < spans[-1][1]:  # spans that overlap are one
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
@@ -744,14 +749,19 @@ def restore(folder: Path, optimizer, config: Config) -> int:
     """Write config.json, load the optimizer, cut the logs to the checkpoint; the steps it has."""
     state, saved = {"step": 0}, folder / "checkpoint" / "training.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json.new").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
-    os.replace(folder / "config.json.new", folder / "config.json")
+    write(folder / "config.json", json.dumps(asdict(config), indent=2))
     if saved.exists():
         state = torch.load(saved, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     for path in filter(Path.exists, (folder / "metrics.jsonl", folder / "rollouts.jsonl")):
         os.truncate(path, state.get(path.name, 0))
     return state["step"]
+
+def write(path: Path, text: str) -> None:
+    """All of the file or nothing: written aside, then swapped in."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 def append(path: Path, records: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
@@ -802,14 +812,19 @@ def on_ctrl_c(*_):
     STOP.append(True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def train(config: Config) -> Path:
-    """From the base, or the checkpoint, to config.steps; returns the run folder."""
+def prepare(start: Path | str, config: Config):
+    """Model, tokenizer, optimizer, the problems to train on and the held-out ones."""
     torch.set_num_threads(config.threads)
-    folder, start = open_run(config)
     model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    return model, tokenizer, optimizer, problems, tests
+
+def train(config: Config) -> Path:
+    """From the base, or the checkpoint, to config.steps; returns the run folder."""
+    folder, start = open_run(config)
+    model, tokenizer, optimizer, problems, tests = prepare(start, config)
     done = restore(folder, optimizer, config)
     if done == 0:
         show_start(model, tokenizer, problems, tests, config)

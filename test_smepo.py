@@ -1444,6 +1444,8 @@ def test_hint_reliance_is_the_mean_difference_of_sequence_logprobs(base, monkeyp
             parts.append(logprobs.gather(1, torch.tensor(ids)[:, None]).sum().item())
         differences.append(parts[0] - parts[1])
     assert value == pytest.approx(sum(differences) / len(differences), abs=1e-3)
+    hopeless = dataclasses.replace(p, answer="none")  # no correct rollout, so nothing to average
+    assert math.isnan(compare.hint_reliance(model, tokenizer, [hopeless], settings()))
 
 
 def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(

@@ -76,6 +76,8 @@ def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> fl
     """Mean of log pi(o | x, guide) - log pi(o | x) in nats, over correct guided rollouts o."""
     groups = smepo.rollout(model, tokenizer, problems, [True] * len(problems), 1, config)
     right = [group for group in groups if group.rewards[0]]
+    if not right:
+        return float("nan")
     completions, mask = smepo.pad([group.completions[0] for group in right],
                                   tokenizer.pad_token_id, "right", model.device)  # (N, T)
     sums = []
@@ -86,20 +88,16 @@ def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> fl
             model, torch.cat([ids, completions], 1), torch.cat([prompt_mask, mask], 1),
             mask.shape[1], config.temperature)
         sums.append((logprobs * mask).sum(1))
-    return (sums[0] - sums[1]).mean().item() if right else float("nan")
+    return (sums[0] - sums[1]).mean().item()
 
 
 def run_job(job: dict, tick) -> dict:
     """Train one arm with one seed; `tick` is called after every step. Returns what is kept."""
     config = smepo.Config(**ARMS[job["arm"]], steps=job["steps"], seed=job["seed"],
-                          learning_rate=job["learning_rate"])
+                          learning_rate=job["learning_rate"], data=job["data"])
     smepo.logging.disable_progress_bar()
     smepo.datasets.disable_progress_bars()
-    torch.set_num_threads(config.threads)
-    model, tokenizer = smepo.load_model(config.model, config)
-    problems = smepo.load_problems(job["data"], config.guide, tokenizer, config)
-    tests = smepo.load_problems(config.test_data, "none", tokenizer, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    model, tokenizer, optimizer, problems, tests = smepo.prepare(config.model, config)
     once, often = replace(config, eval_samples=1), replace(config, eval_samples=8)
     torch.manual_seed(config.seed)  # each later step seeds its own sampling
     steps, points = [], [smepo.evaluate(model, tokenizer, tests, once)["pass@1"]]
@@ -124,18 +122,13 @@ def run_job(job: dict, tick) -> dict:
 # ---- All jobs ------------------------------------------------------------------------------------
 
 
-def write(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def file_of(job: dict, out: Path) -> Path:
     name = "{arm}_{task}_{learning_rate:g}_{steps}_{eval_every}_{seed}.json"
     return out / "raw" / name.format(**job)
 
 
 def run_job_to_file(job: dict, out: Path, ticks) -> None:
-    write(file_of(job, out), json.dumps(run_job(job, lambda: ticks.put(1))))
+    smepo.write(file_of(job, out), json.dumps(run_job(job, lambda: ticks.put(1))))
 
 
 def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
@@ -162,7 +155,7 @@ def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
             raise
     bar.close()
     texts = [file_of(job, out).read_text(encoding="utf-8") for job in jobs]
-    write(out / "runs.jsonl", "".join(text + "\n" for text in texts))
+    smepo.write(out / "runs.jsonl", "".join(text + "\n" for text in texts))
     return [json.loads(text) for text in texts]
 
 
@@ -223,12 +216,11 @@ def speed(records: list[dict], grpo: dict[int, dict]) -> list[str]:
     """Steps, rollouts and seconds to GRPO's final unguided mean, and GRPO's seconds over these;
     only seeds that get there count, and how many do is said. `grpo`: GRPO's records by seed."""
     pairs = [(record, grpo[record["seed"]]) for record in records if record["seed"] in grpo]
-    hits = [(reaches(record, other["final"]["pass@1"]["mean"]), other) for record, other in pairs]
-    found = [(hit, other) for hit, other in hits if hit]
-    cells = [mean_error([float(hit[name]) for hit, _ in found], digits)
+    hits = [reaches(record, other["final"]["pass@1"]["mean"]) for record, other in pairs]
+    cells = [mean_error([float(hit[name]) for hit in hits if hit], digits)
              for name, digits in (("steps", 1), ("rollouts", 0), ("seconds", 1))]
-    ratios = [speed_up(*pair) for pair in pairs]
-    return [*cells, mean_error([r for r in ratios if r], 2), f"{len(found)} of {len(hits)}"]
+    ratios = [ratio for ratio in itertools.starmap(speed_up, pairs) if ratio]
+    return [*cells, mean_error(ratios, 2), f"{len(ratios)} of {len(pairs)}"]
 
 
 def why(records: list[dict]) -> list[str]:
@@ -264,7 +256,7 @@ def summarize(records: list[dict], out: Path) -> str:
         table(("arm", "groups all wrong, first fifth", "all right", "all wrong, last fifth",
                "all right", "leak rate", "copy rate", "hint reliance, nats"),
               [[arm, *why(group)] for arm, group in arms.items()])))
-    write(out / "summary.md", text)
+    smepo.write(out / "summary.md", text)
     return text
 
 
@@ -310,8 +302,7 @@ def draw(records: list[dict], path: Path) -> None:
                  dashes=dashes)
     reward.set(title="training reward, as guided", xlabel="training seconds", ylim=(0, 1))
     accuracy.set(title="held-out accuracy, unguided", xlabel="training seconds", ylim=(0, 1))
-    wasted.set(title="groups all wrong (—), all right (···)", xlabel="step",
-               ylim=(0, 1))
+    wasted.set(title="groups all wrong (—), all right (···)", xlabel="step", ylim=(0, 1))
     accuracy.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -331,7 +322,7 @@ def sweep_table(records: list[dict], out: Path) -> str:
                          mean_error(ratios, 2), f"{sum(map(bool, ratios))} of {len(ratios)}"])
     text = table(("trained on", "base, unguided", "arm", "unguided mean",
                   "GRPO's seconds / seconds to its final mean, 0 for never", "get there"), rows)
-    write(out / "sweep.md", text)
+    smepo.write(out / "sweep.md", text)
     if find_spec("matplotlib"):
         from matplotlib.figure import Figure
 
@@ -359,7 +350,7 @@ def rates_table(records: list[dict], out: Path) -> str:
                       if record["learning_rate"] == rate]
             rows.append([arm, f"{rate:g}", mean_error(finals)])
     text = table(("arm", "learning rate", "unguided mean"), rows)
-    write(out / "rates.md", text)
+    smepo.write(out / "rates.md", text)
     return text
 
 
@@ -378,7 +369,7 @@ def training_file(k: int, out: Path) -> Path:
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         rows = make_tasks.draw_rows(k, {k: 2000}, held_out=False)
-        write(path, make_tasks.to_jsonl(rows).decode())
+        smepo.write(path, make_tasks.to_jsonl(rows).decode())
     return path
 
 

@@ -59,7 +59,7 @@ def show_trace(trace: str, domain: str, answer: str) -> None:
     if domain != "code" and not answer:
         return print("no verdict on leaks: no --answer is given, and the trace states none")
     target = "the code" if domain == "code" else f"the answer {answer}"
-    leaky = smepo.leaks(smepo.mask_trace(trace, domain, answer), answer, domain)
+    leaky = smepo.leaks(smepo.mask_trace(trace, domain, answer, spans), answer, domain)
     print(f"{'LEAKS' if leaky else 'no leak'}: {target} can{'' if leaky else 'not'} be read off")
 
 
@@ -67,14 +67,15 @@ def show_data(path: str, domain: str) -> None:
     """Leak rate, spans a trace and the share of text kept of each arm, over a whole file."""
     rows, arms = list(smepo.read_rows(path, wants_trace=True)), {}
     for question, answer, trace, _ in tqdm(rows):
-        semantic, seed = smepo.hidden_spans(trace, domain, answer), f"0 {question}"
-        for guide in ("full", "prefix", "random", "semantic"):
-            shown = smepo.guide_trace(trace, guide, domain, answer, seed=seed)
-            spans = {"semantic": semantic, "random": smepo.random_spans(trace, semantic, seed)}
-            hidden = sum(end - start for start, end, _ in spans.get(guide, []))
-            kept = len(shown) if guide == "prefix" else len(trace) - hidden
-            arms.setdefault(guide, []).append((smepo.leaks(shown, answer, domain),
-                                               len(spans.get(guide, [])), kept / len(trace)))
+        semantic = smepo.hidden_spans(trace, domain, answer)
+        chosen = smepo.random_spans(trace, semantic, f"0 {question}")
+        prefix = smepo.guide_trace(trace, "prefix", domain)
+        for guide, text, spans in (("full", trace, []), ("prefix", prefix, []),
+                                   ("random", trace, chosen), ("semantic", trace, semantic)):
+            shown = smepo.mask_trace(text, domain, answer, spans)
+            kept = len(text) - sum(end - start for start, end, _ in spans)
+            arms.setdefault(guide, []).append((smepo.leaks(shown, answer, domain), len(spans),
+                                               kept / len(trace)))
     print(f"{len(rows)} traces\nguide     leak rate  spans a trace  text kept")
     for guide, columns in arms.items():
         leaky, spans, kept = map(mean, zip(*columns, strict=True))
