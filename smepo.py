@@ -63,10 +63,13 @@ def flag(default, help: str):
 class Config:
     name: str = flag("smepo", "the run is written to runs/<name>/")
     resume: bool = flag(False, "continue the run in runs/<name>/")
-    model: str = flag("tiny_tasks/base", "the base model, a Hugging Face folder or hub id")
-    data: str = flag("tiny_tasks/arithmetic_train.jsonl", "training problems, jsonl or parquet")
-    test_data: str = flag("tiny_tasks/arithmetic_test.jsonl", "held-out problems, asked unguided")
-    domain: Literal["math", "search"] = flag("math", "what is masked, and how answers compare")
+    task: Literal["arithmetic", "code", "search"] = flag(
+        "arithmetic", "a toy: its model, data, test_data and domain, where these are not given")
+    model: str | None = flag(None, "the base model, a Hugging Face folder or hub id")
+    data: str | None = flag(None, "training problems, jsonl or parquet")
+    test_data: str | None = flag(None, "held-out problems, asked unguided")
+    domain: Literal["math", "code", "search"] | None = flag(
+        None, "what is masked, and how answers compare")
     guide: Literal["none", "full", "prefix", "random", "semantic"] = flag(
         "semantic", "what is shown of the trace: none is GRPO, semantic is SMEPO")
     guide_when: str = flag("always", "always, on-failure (of the unguided group) or a fraction")
@@ -96,6 +99,11 @@ class Config:
     threads: int = flag(1, "CPU threads; more help a model larger than the toy's")
 
     def __post_init__(self):
+        self.domain = self.domain or {"arithmetic": "math"}.get(self.task, self.task)
+        bases = {"arithmetic": "tiny_tasks/base"}
+        self.model = self.model or bases.get(self.task, f"tiny_tasks/base_{self.task}")
+        self.data = self.data or f"tiny_tasks/{self.task}_train.jsonl"
+        self.test_data = self.test_data or f"tiny_tasks/{self.task}_test.jsonl"
         m, fraction = self.mini_batches, r"always|on-failure|0?\.\d+|[01](\.0*)?"
         devices = "auto", "cpu", str(torch.accelerator.current_accelerator(check_available=True))
         rules = {

@@ -439,8 +439,8 @@ def test_tokenizer_round_trips_every_toy_row(base):
 
 
 def test_no_test_problem_is_trained_or_pretrained_on():
-    from make_tasks import is_held_out
-    from pretrain import draw_example
+    from tiny_tasks.arithmetic import draw_example
+    from tiny_tasks.toys import is_held_out
 
     train, test = ({row["question"] for row in rows(s, 10**6)} for s in ("train", "test"))
     rng = random.Random(1)
@@ -1002,7 +1002,9 @@ def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
 def test_calibration_of_the_shipped_base(base):
     from pretrain import calibrate
 
-    table = calibrate(*base)
+    from tiny_tasks import arithmetic
+
+    table = calibrate(arithmetic, *base, settings())
     assert 0.45 <= table["none", 2][0] <= 0.60
     assert table["none", 5][0] <= 0.05
     assert table["semantic", 5][0] >= 0.15
@@ -1403,7 +1405,7 @@ def test_mean_error_by_hand():
 
 def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
     for row in rows("test", 1000):
-        trace = compare.altered(row["question"], random.Random(row["question"]))
+        trace = compare.arithmetic.altered(row["question"], random.Random(row["question"]))
         assert smepo.mask_trace(trace, "math") == smepo.mask_trace(row["teacher_ds"], "math")
         assert smepo.stated(trace) != row["reward_model"]["ground_truth"]
         for sum_, value in re.findall(r"Step \d: (.*) = (\d+)", trace):
@@ -1414,7 +1416,7 @@ def test_a_job_trains_its_arm_and_keeps_what_the_summary_needs(monkeypatch):
     load = smepo.load_problems
     monkeypatch.setattr(smepo, "load_problems", lambda *a: load(*a)[::50])
     given = compare.parse(["--arms", "on-failure", "--steps", "2"])
-    job = compare.jobs_of(given, [3], compare.RATES, "k5", Config.data)[0]
+    job = compare.jobs_of(given, [3], compare.RATES, "k5", Config().data)[0]
     monkeypatch.chdir(HERE)
     ticks = []
     record = compare.run_job(job, lambda: ticks.append(1))
@@ -1452,7 +1454,7 @@ def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
         tmp_path, capsys, monkeypatch):
     arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
     given = compare.parse(arguments[1:])
-    jobs = compare.jobs_of(given, range(2), compare.RATES, "k5", Config.data)
+    jobs = compare.jobs_of(given, range(2), compare.RATES, "k5", Config().data)
     for job in jobs:
         record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
         record["curve"] = record["curve"][:4]

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import queue
 import random
-import re
 import statistics
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import smepo
-from tiny_tasks import make_tasks
+from tiny_tasks import arithmetic, toys
 
 ARMS = {
     "none": {"guide": "none"},  # GRPO
@@ -47,21 +46,10 @@ KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "ro
 # ---- One job -------------------------------------------------------------------------------------
 
 
-def altered(question: str, rng: random.Random) -> str:
-    """A trace like the expert's, but its results are wrong and carried on: not true, if copied."""
-    numbers, operators = re.findall(r"\d+", question), re.findall("[-+*]", question)
-    numbers = [int(number) for number in numbers]
-    truth = make_tasks.solve(numbers, operators)[1]
-    while True:
-        wrong = make_tasks.solve(numbers, operators, lambda *operation: rng.choice(
-            (-3, -2, -1, 1, 2, 3)) + make_tasks.apply_operator(*operation))
-        if wrong and wrong[1] != truth:
-            return wrong[0]
-
-
 def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float:
     """Shown an altered trace: how often does the answer follow the trace, not the truth?"""
-    traces = [altered(problem.question, random.Random(problem.question)) for problem in problems]
+    traces = [arithmetic.altered(problem.question, random.Random(problem.question))
+              for problem in problems]
     texts = [smepo.build_prompt(tokenizer, problem.question, trace)
              for problem, trace in zip(problems, traces, strict=True)]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -368,8 +356,8 @@ def training_file(k: int, out: Path) -> Path:
     path = out / f"k{k}.jsonl"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        rows = make_tasks.draw_rows(k, {k: 2000}, held_out=False)
-        smepo.write(path, make_tasks.to_jsonl(rows).decode())
+        rows = toys.draw_rows(arithmetic, k, {k: 2000}, held_out=False)
+        smepo.write(path, toys.to_jsonl(rows).decode())
     return path
 
 
@@ -403,7 +391,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
-    out, seeds, data = Path(given.out), range(1 if given.quick else given.seeds), smepo.Config.data
+    out, seeds = Path(given.out), range(1 if given.quick else given.seeds)
+    data = smepo.Config().data
     if given.rates:
         try:
             rates = [float(rate) for rate in given.rates.split(",")]

@@ -1,0 +1,150 @@
+"""Arithmetic: `Compute 7 - 6 + 3 * 5` has k = 3 operations.
+
+Its operands are 1..9, `*` binds first, and every intermediate value lies in 0..50. The expert
+solves it one operation a line. The base computes carelessly and overlooks operations.
+"""
+
+import functools
+import itertools
+import random
+import re
+import sys
+
+import smepo
+from tiny_tasks import toys
+
+LARGEST = 50  # no intermediate value is larger, and none is negative
+TRAIN = {5: 2000}  # difficulty k: rows. SMEPO is for problems the policy cannot yet plan alone
+TEST = {2: 250, 3: 250, 4: 250, 5: 250}
+
+# The vocabulary of the base: one token a number, sign or phrase.
+PHRASES = ["The answer is", "Compute", ".\n", *(f"Step {i}:" for i in range(1, 10))]
+WORDS = ["Step", "The", "answer", "is", "[NUMBER]", "[ANSWER]", *"=+-*.:", *map(str, range(100))]
+PIECES = ["The answer is", r"Step \d:", r"\.\n", r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+",
+          r" ?[^\s\w]", r"\s"]
+
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else an operation is overlooked
+MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
+    ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
+    ("semantic", None): 0.28, ("full", None): 0.17, ("random", None): 0.05, ("prefix", None): 0.05,
+}  # fmt: skip
+
+Problem = tuple[list[int], list[str]]  # numbers, and the operators between them
+
+
+def apply_operator(left: int, operator: str, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def next_operation(operators: list[str]) -> int:
+    """The index of the operation to do first: the leftmost `*`, else the leftmost of all."""
+    return operators.index("*") if "*" in operators else 0
+
+
+def solve(numbers: list[int], operators: list[str], result_of=apply_operator):
+    """The worked solution and its answer, or None where a value leaves 0..LARGEST.
+
+    `result_of` may make mistakes; the value it returns is carried on.
+    >>> solve([7, 6, 2], ["-", "*"])  # 7 - 6 * 2 would be negative
+    >>> solve([9, 2, 3], ["-", "*"])
+    ('Step 1: 2 * 3 = 6.\\nStep 2: 9 - 6 = 3.\\nThe answer is 3.', 3)
+    """
+    numbers, operators, lines = list(numbers), list(operators), []
+    while operators:
+        at = next_operation(operators)
+        left, operator, right = numbers[at], operators.pop(at), numbers.pop(at + 1)
+        numbers[at] = result = result_of(left, operator, right)
+        if not 0 <= result <= LARGEST:
+            return None
+        lines.append(f"Step {len(lines) + 1}: {left} {operator} {right} = {result}.")
+    return "\n".join([*lines, f"The answer is {numbers[0]}."]), numbers[0]
+
+
+def question_of(problem: Problem) -> str:
+    numbers, operators = problem
+    pairs = zip(operators, numbers[1:], strict=True)
+    return f"Compute {numbers[0]}" + "".join(f" {operator} {number}" for operator, number in pairs)
+
+
+def draw_problem(rng: random.Random, k: int) -> Problem:
+    """k operations that never leave 0..LARGEST."""
+    while True:
+        numbers = [rng.randint(1, 9) for _ in range(k + 1)]
+        operators = [rng.choice("+-*") for _ in range(k)]
+        if solve(numbers, operators):
+            return numbers, operators
+
+
+def expert(problem: Problem) -> tuple[str, str]:
+    trace, answer = solve(*problem)
+    return trace, str(answer)
+
+
+# ---- What the base imitates ----------------------------------------------------------------------
+
+
+def careless(rng: random.Random, left: int, operator: str, right: int) -> int:
+    """The result of an operation, wrong at ERROR_RATE and wherever it would leave the range."""
+    result = apply_operator(left, operator, right)
+    if rng.random() < toys.ERROR_RATE or not 0 <= result <= LARGEST:
+        return rng.choice([value for value in range(LARGEST + 1) if value != result])
+    return result
+
+
+def solution(rng: random.Random, problem: Problem, trace: str, spans) -> str:
+    """What to imitate: the trace's results where it shows them, else careless ones, carried on."""
+    hidden = {start for start, _, _ in spans}
+    results = list(re.finditer(r"(?:=|is) (\d+)\.", trace))
+    shown = [None if match.start(1) in hidden else int(match[1]) for match in results]
+    step = iter(shown)
+
+    def result_of(*operation) -> int:
+        copied = next(step)
+        return careless(rng, *operation) if copied is None else copied
+
+    text, _ = solve(*problem, result_of)
+    return text if shown[-1] is None else re.sub(r"is \d+\.$", f"is {shown[-1]}.", text)
+
+
+def overlook(rng: random.Random, problem: Problem) -> Problem:
+    """The problem without one of its operations: how the base fails to plan."""
+    numbers, operators = problem
+    choices = list(itertools.combinations(range(len(operators)), len(operators) - 1))
+    for kept in rng.sample(choices, len(choices)):
+        fewer = [numbers[0]] + [numbers[i + 1] for i in kept], [operators[i] for i in kept]
+        if solve(*fewer):
+            return fewer
+    return problem  # whatever is left out, a value leaves the range
+
+
+def draw_example(rng: random.Random) -> tuple[str, str, str]:
+    """A question, the guide shown with it ("" for none), and the solution to imitate."""
+    guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    k = k or rng.randint(2, 5)
+    problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
+    question, (trace, _) = question_of(problem), solve(*problem)
+    if rng.random() < toys.WRONG_RATE:
+        trace, _ = solve(*problem, functools.partial(careless, rng))
+    seed, ratio = str(rng.random()), rng.random()
+    text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
+    if guide == "none" and rng.random() > PLAN_RATE[k]:
+        problem = overlook(rng, problem)
+        trace, _ = solve(*problem)
+    spans = smepo.hidden_spans(trace, "math")
+    if guide == "random":
+        spans = smepo.random_spans(trace, spans, seed)
+    elif guide in ("full", "prefix"):
+        spans = [span for span in spans if span[0] >= len(text)]
+    return question, text, solution(rng, problem, trace, spans)
+
+
+def altered(question: str, rng: random.Random) -> str:
+    """A trace like the expert's, but its results are wrong and carried on: not true, if copied."""
+    numbers, operators = re.findall(r"\d+", question), re.findall("[-+*]", question)
+    numbers = [int(number) for number in numbers]
+    truth = solve(numbers, operators)[1]
+    while True:
+        wrong = solve(numbers, operators, lambda *operation: rng.choice(
+            (-3, -2, -1, 1, 2, 3)) + apply_operator(*operation))
+        if wrong and wrong[1] != truth:
+            return wrong[0]
