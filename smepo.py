@@ -482,12 +482,14 @@ class Problem:
     prompt_ids: Ids  # the question alone
     guided_ids: Ids  # the question and the guide
 
-def build_prompt(tokenizer, question: str, guide_text: str = "") -> str:
+def build_messages(question: str, guide_text: str = "", system: str = "") -> list[dict]:
     """The guide poses as a finished assistant turn before the one to be written."""
-    messages = [{"role": "user", "content": question}]
-    if guide_text:
-        guide_text = "Here is an example solution:\n" + guide_text
-        messages.append({"role": "assistant", "content": guide_text})
+    guide_text = guide_text and "Here is an example solution:\n" + guide_text
+    turns = ("system", system), ("user", question), ("assistant", guide_text)
+    return [{"role": role, "content": content} for role, content in turns if content]
+
+def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "") -> str:
+    messages = build_messages(question, guide_text, system)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 def read_rows(path: str, wants_trace: bool):
@@ -898,9 +900,9 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
-                              usage="smepo.py [--flag value ...], smepo.py mask or compare")
+                              usage="smepo.py [--flag value ...], smepo.py mask, compare or export")
     try:
-        if arguments[:1] in (["mask"], ["compare"]):
+        if arguments[:1] in (["mask"], ["compare"], ["export"]):
             sys.modules.setdefault("smepo", sys.modules[__name__])
             import_module(f"tiny_tasks.{arguments[0]}").main(arguments[1:])
             return 0

@@ -365,7 +365,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="smepo.py compare", description=__doc__.splitlines()[0],
                                      exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; without it, all")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N")
     parser.add_argument("--steps", type=int, default=60, help="of every arm")
     parser.add_argument("--points", type=int, default=30, help="evaluations on the way")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time, a core each")
@@ -391,7 +391,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
-    out, seeds = Path(given.out), range(1 if given.quick else given.seeds)
+    out, seeds = Path(given.out), range(1, 2 if given.quick else given.seeds + 1)
     data = smepo.Config().data
     if given.rates:
         try:
