@@ -48,6 +48,7 @@ import datasets
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
@@ -58,6 +59,12 @@ class UserError(Exception):
 
 def flag(default, help: str):
     return field(default=default, metadata={"help": help})
+
+SYSTEM = {  # what the verifier reads
+    "math": "Reason step by step, and put your final answer within \\boxed{}.",
+    "code": "Plan first. Then write a program that reads standard input, in one ```python block.",
+    "search": "Search with <search>relation of entity</search> and read <information>, as often as "
+              "you need; then answer with <answer>...</answer>."}
 
 @dataclass
 class Config:
@@ -70,6 +77,7 @@ class Config:
     test_data: str | None = flag(None, "held-out problems, asked unguided")
     domain: Literal["math", "code", "search"] | None = flag(
         None, "what is masked, and how answers compare")
+    system: str | None = flag(None, "system prompt; by default that of --domain, if this is given")
     guide: Literal["none", "full", "prefix", "random", "semantic"] = flag(
         "semantic", "what is shown of the trace: none is GRPO, semantic is SMEPO")
     guide_when: str = flag("always", "always, on-failure (of the unguided group) or a fraction")
@@ -82,6 +90,9 @@ class Config:
     micro_batch: int = flag(128, "rows a forward; out of memory? halve it, the gradient stays")
     generate_batch: int = flag(512, "rows a call of generate; bounds its KV cache")
     learning_rate: float = flag(2e-4, "of AdamW (paper, 8B parameters: 1e-6)")
+    schedule: Literal["constant", "cosine"] = flag("constant", "the paper: cosine")
+    warmup: float = flag(0.0, "part of the steps in which the learning rate rises (paper: 0.1)")
+    weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest gradient norm")
     clip_low: float = flag(0.2, "the ratio is clipped below at 1 - clip_low")
     clip_high: float = flag(0.28, "and above at 1 + clip_high; wider, so rare tokens can grow")
@@ -89,16 +100,19 @@ class Config:
     aggregation: Literal["sequence", "token"] = flag("sequence", "mean per rollout, or per token")
     expert_coef: float = flag(0.0, "weight of masked_expert_loss; the paper has no such term")
     temperature: float = flag(1.0, "of sampling and scoring alike (paper: 0.8)")
-    max_prompt_tokens: int = flag(256, "a longer prompt is refused, never cut")
+    max_prompt_tokens: int = flag(256, "guides are shortened to it; longer questions are left out")
     max_new_tokens: int = flag(64, "a rollout without an end by then earns 0")
     eval_every: int = flag(20, "steps between points of the accuracy curve")
     eval_samples: int = flag(4, "samples a test problem")
     save_every: int = flag(10, "steps between checkpoints")
     seed: int = flag(0, "same seed, same machine, same result")
     device: str = flag("auto", "auto, cpu, cuda or mps")
+    gradient_checkpointing: bool = flag(False, "less memory, more time; for large models")
     threads: int = flag(1, "CPU threads; more help a model larger than the toy's")
 
     def __post_init__(self):
+        if self.system is None:
+            self.system = SYSTEM.get(self.domain, "")
         self.domain = self.domain or {"arithmetic": "math"}.get(self.task, self.task)
         bases = {"arithmetic": "tiny_tasks/base"}
         self.model = self.model or bases.get(self.task, f"tiny_tasks/base_{self.task}")
@@ -481,6 +495,7 @@ class Problem:
     leaky: bool  # whether the guide gives the answer away
     prompt_ids: Ids  # the question alone
     guided_ids: Ids  # the question and the guide
+    shortened: bool = False  # the guide lost its last lines, to fit into max_prompt_tokens
 
 def build_messages(question: str, guide_text: str = "", system: str = "") -> list[dict]:
     """The guide poses as a finished assistant turn before the one to be written."""
@@ -494,15 +509,19 @@ def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "
 
 def read_rows(path: str, wants_trace: bool):
     """Question, answer, trace and difficulty of each row, in the schema of the official data."""
-    kind = "parquet" if path.endswith(".parquet") else "json"
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(path).suffix)
+    source = {"path": kind, "data_files": path} if kind else {"path": path}  # a hub dataset
     try:
-        rows = datasets.load_dataset(kind, data_files=path, split="train")
+        rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # whatever a broken file makes the readers raise
+        kind = kind or "hub dataset"
         raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
     for line, row in enumerate(rows, start=1):
+        row = (row.get("extra_info") or {}) | {key: row[key] for key in row if row[key] is not None}
         question, trace, rule = row.get("question"), row.get("teacher_ds"), row.get("reward_model")
         answer = rule.get("ground_truth") if isinstance(rule, dict) else None
-        answer = None if answer is None else str(answer)
+        if answer is not None and not isinstance(answer, str):  # a number; the tests of a program
+            answer = json.dumps(answer, ensure_ascii=False)
         needed = {"question": question, "reward_model.ground_truth": answer}
         needed |= {"teacher_ds (expert trace)": trace} if wants_trace else {}
         for name, value in needed.items():
@@ -513,16 +532,26 @@ def read_rows(path: str, wants_trace: bool):
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
     """The problems of a file, and what the policy will be shown of their traces."""
     problems, wants_trace = [], guide != "none" or (config.expert_coef and path == config.data)
+    too_long = 0
+    def encode(question: str, shown: str) -> Ids:
+        prompt = build_prompt(tokenizer, question, shown, config.system)
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template has all
+
     for question, answer, trace, difficulty in read_rows(path, wants_trace):
-        shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
+        whole = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
-        prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
-        plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # text has all
-        if len(guided) > config.max_prompt_tokens:
-            raise UserError(f"{path} line {len(problems) + 1}: {len(guided)} tokens, "
-                            "raise --max_prompt_tokens")
+        asked, shown = encode(question, ""), whole
+        if len(asked) > config.max_prompt_tokens:
+            too_long += 1
+            continue
+        while len(guided := encode(question, shown)) > config.max_prompt_tokens:
+            shown = shown.rpartition("\n")[0]
         problems.append(Problem(question, answer, trace, difficulty, shown,
-                                leaks(shown, answer, config.domain), plain, guided))
+                                leaks(shown, answer, config.domain), asked, guided, shown != whole))
+    if too_long:
+        print(f"{path}: {too_long} questions exceed --max_prompt_tokens and are left out")
+    if not problems:
+        raise UserError(f"{path} has no question within --max_prompt_tokens: raise it")
     return problems
 # ---- Rollouts ------------------------------------------------------------------------------------
 @dataclass
@@ -612,20 +641,33 @@ def group_advantages(rewards, group_size: int, scale: str = "std", eps: float = 
     # equal rewards give exactly 0, however their mean was rounded
     return (A * (r.amax(1, keepdim=True) > r.amin(1, keepdim=True))).flatten()  # (B*G,)
 
+LOGITS = 2**25  # at a time
 def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, completion_length: int,
                    temperature: float) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
     start = input_ids.shape[1] - completion_length - 1  # of the last prompt token
-    prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], dim=1)  # beside its mask
-    prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)  # a group's is read once
-    keys = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
-    keys.batch_select_indices(row.to(model.device))
-    logits = model(input_ids[:, start:-1], attention_mask=attention_mask[:, :-1],
-                   position_ids=positions(attention_mask)[:, start:-1], past_key_values=keys).logits
-    # the logits at t predict the token at t + 1, and it was sampled at this temperature
-    logits = logits.float() / temperature  # (N, T, V)
-    chosen = logits.gather(-1, input_ids[:, -completion_length:, None]).squeeze(-1)  # (N, T)
-    return chosen - logits.logsumexp(-1)
+    read, keys, head = start, None, model.get_output_embeddings()
+    if model.training:  # gradient checkpointing reads all again in the backward pass: no keys
+        read = 0
+    else:
+        prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], 1)  # beside its mask
+        prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)  # a group's is read once
+        keys = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
+        keys.batch_select_indices(row.to(model.device))
+    hidden = model.base_model(
+        input_ids[:, read:-1], attention_mask=attention_mask[:, :-1], past_key_values=keys,
+        position_ids=positions(attention_mask)[:, read:-1], use_cache=keys is not None,
+    ).last_hidden_state[:, start - read :].flatten(0, 1)  # (N*T, D)
+    # the state at t predicts the token at t + 1; few logits (., V) at a time, and none is kept
+    tokens, size = input_ids[:, -completion_length:].flatten(), 1 + LOGITS // len(head.weight)
+    parts = [checkpoint(score, head, *part, temperature, use_reentrant=False)
+             for part in zip(hidden.split(size), tokens.split(size), strict=True)]
+    return torch.cat(parts).view(-1, completion_length)
+
+def score(head, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log pi of tokens (n,) that were sampled at this temperature, from states (n, D). (n,)"""
+    logits = head(hidden).float() / temperature  # (n, V)
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float = 0.2, clip_high: float = 0.28, aggregation: str = "sequence"):
@@ -676,6 +718,7 @@ def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> l
 def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> dict:
     """`mini_batches` optimizer steps, `inner_epochs` times over; returns average statistics."""
     size, sums = len(groups) // config.mini_batches, Counter()
+    model.train(config.gradient_checkpointing)
     minis = [groups[i : i + size] for i in range(0, len(groups), size)]
     batches = [micro_batches(m, tokenizer.pad_token_id, model.device, config) for m in minis]
     if len(batches) * config.inner_epochs > 1:  # pi_old scores all before anything moves
@@ -703,6 +746,7 @@ def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> 
         assert_finite(grad_norm + sums["loss"])
         optimizer.step()
         sums.update(steps=1, grad_norm=grad_norm)
+    model.eval()
     steps, tokens = max(sums["steps"], 1), max(sums["tokens"], 1)
     # -log pi_old, averaged over tokens that pi_old sampled, estimates its entropy
     return {"loss": sums["loss"] / steps, "grad_norm": sums["grad_norm"] / steps,
@@ -739,9 +783,9 @@ def open_run(config: Config) -> tuple[Path, Path | str]:
         os.replace(old, saved)
     return folder, saved if saved.exists() else config.model
 
-def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int) -> None:
+def save_checkpoint(folder: Path, name: str, model, tokenizer, optimizer, step: int) -> None:
     """Write it aside, then swap it in: two renames, as no system replaces a folder in one."""
-    new, current, old = (folder / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
+    new, current, old = (folder / f"{name}{suffix}" for suffix in (".new", "", ".old"))
     for stale in (new, old):  # left by a process that died
         shutil.rmtree(stale, ignore_errors=True)
     assert_finite(sum(weight.sum().item() for weight in model.parameters()))
@@ -773,9 +817,17 @@ def write(path: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
+def read_metrics(folder: Path) -> list[dict]:
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
 def append(path: Path, records: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+PLAIN_TEMPLATE = (  # for base models
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 def load_model(path: str | Path, config: Config):
     """Model, in float32 and without dropout (which would bend the ratio), and tokenizer."""
@@ -784,18 +836,46 @@ def load_model(path: str | Path, config: Config):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken folder makes the loaders raise
         raise UserError(f"--model {path} is no model: {str(error).strip()[:99]!r}") from error
-    for part in ("chat_template", "pad_token", "eos_token"):
-        if getattr(tokenizer, part) is None:
-            raise UserError(f"the tokenizer in {path} has no {part}: set one and save it there")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {path} has no eos_token: set one and save it there")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding goes by position
+    if tokenizer.chat_template is None:
+        print(f"{path} has no chat template: a plain one is used", file=sys.stderr)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    for module in model.modules():  # no dropout in train mode, either: checkpointing needs that
+        for name in ("p", *(name for name in vars(module) if "drop" in name)):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     # a model can have several EOS ids; whatever else its folder recommends would bend the rollouts
     eos_ids = model.generation_config.eos_token_id or []
     eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])}
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids))
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return model.to(best if config.device == "auto" else config.device).eval(), tokenizer
+    model.to(best if config.device == "auto" else config.device).eval()
+    check_head(model, path)
+    for part in (model.base_model, model.get_output_embeddings()):  # weights stay float32
+        part.forward = torch.autocast(model.device.type, torch.bfloat16,
+                                      enabled=model.device.type != "cpu")(part.forward)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, tokenizer
+
+@torch.no_grad()
+def check_head(model, path) -> None:
+    """token_logprobs reads the head alone: a model that rescales its logits would be misread."""
+    ids = torch.arange(4, device=model.device)[None]
+    states = model.base_model(ids, use_cache=False).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(states), model(ids).logits,
+                          atol=1e-3, equal_nan=True):
+        raise UserError(f"--model {path} rescales its logits: token_logprobs cannot")
 # ---- Training, and what the reader sees ----------------------------------------------------------
 def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
     """Sample, reward, learn; returns the groups and the metrics (README: glossary)."""
+    rate = config.learning_rate * min(1, step / max(1, config.warmup * config.steps))
+    if config.schedule == "cosine":
+        rate *= 0.5 + 0.5 * math.cos(math.pi * (step - 1) / config.steps)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
     torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
     batch = random.Random(f"{config.seed} {step}").choices(problems, k=config.prompts_per_step)
     start = time.perf_counter()
@@ -806,13 +886,15 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
     rewards = torch.tensor([group.rewards for group in groups])  # (B, G)
     equal, first = rewards.amax(1) == rewards.amin(1), rewards[:, 0]  # (B,)
     lengths = [len(ids) for group in groups for ids in group.completions]
-    length, leaky = sum(lengths) / len(lengths), [g.problem.leaky for g in groups if g.guided]
+    length, shown = sum(lengths) / len(lengths), [g.problem for g in groups if g.guided]
     return groups, {
         "step": step, "reward": rewards.mean().item(), "completion_length": length,
         "zero_variance_wrong": (equal & (first == 0)).float().mean().item(),
         "zero_variance_right": (equal & (first > 0)).float().mean().item(),
         "truncated": 1 - sum(sum(group.ended) for group in groups) / len(lengths),
-        "guided": len(leaky) / len(groups), "leak_rate": sum(leaky) / max(1, len(leaky)), **stats,
+        "guided": len(shown) / len(groups), **stats, "learning_rate": rate,
+        "leak_rate": sum(problem.leaky for problem in shown) / max(1, len(shown)),
+        "shortened": sum(problem.shortened for problem in shown) / max(1, len(shown)),
         "rollouts": sampled, "rollouts_per_second": sampled / (end - start),
         "tokens_per_second": sampled * length / (middle - start),
         "seconds_rollout": middle - start, "seconds_update": end - middle}
@@ -828,7 +910,8 @@ def prepare(start: Path | str, config: Config):
     model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate,
+                                  weight_decay=config.weight_decay)
     return model, tokenizer, optimizer, problems, tests
 
 def train(config: Config) -> Path:
@@ -845,12 +928,15 @@ def train(config: Config) -> Path:
         if step == config.steps or step % config.eval_every == 0:
             metrics |= evaluate(model, tokenizer, tests, config)
             shown["unguided"] = metrics["pass@1"]["mean"][0]
+            if shown["unguided"] > max(r["pass@1"]["mean"][0] for r in read_metrics(folder)
+                                      if "pass@1" in r):
+                save_checkpoint(folder, "best", model, tokenizer, optimizer, step)
         append(folder / "metrics.jsonl", [metrics])
         append(folder / "rollouts.jsonl", [
             {"step": step, "question": g.problem.question, "rewards": g.rewards,
              "guide": g.problem.guide if g.guided else "", "completions": g.texts} for g in groups])
         if STOP or step == config.steps or step % config.save_every == 0:
-            save_checkpoint(folder, model, tokenizer, optimizer, step)
+            save_checkpoint(folder, "checkpoint", model, tokenizer, optimizer, step)
         shown |= {key: metrics[key] for key in metrics if key.startswith(("reward", "zero"))}
         bar.set_postfix(shown)
         if STOP:
@@ -872,8 +958,7 @@ def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], 
 
 def report(folder: Path) -> None:
     """The table before -> after, and curve.png where matplotlib is installed."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        steps = [json.loads(line) for line in file]
+    steps = read_metrics(folder)
     points = [record for record in steps if "pass@1" in record]
     print(f"\nunguided accuracy  step 0           step {points[-1]['step']:<11} change")
     for level, (mean, error) in points[0]["pass@1"].items():

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import smepo
 from smepo import Config, Group, Problem, UserError
@@ -857,17 +867,18 @@ def test_mini_batches_each_take_a_step_of_their_own(fresh_base):
 
 
 def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
-    """The logits of prompt, guide and padding get no gradient; those of sampled tokens all do."""
+    """The states of prompt, guide and padding get no gradient; those of sampled tokens all do."""
     model, tokenizer = fresh_base
-    captured, forward = [], model.forward
+    captured, forward = [], model.base_model.forward
 
     def spy(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits.retain_grad()
-        captured.append(output.logits)
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.retain_grad()
+        captured.append(output.last_hidden_state)
         return output
 
-    monkeypatch.setattr(model, "forward", spy)
+    monkeypatch.setattr(model.base_model, "forward", spy)
     group = make_group(fresh_base, [1.0, 0, 0, 0])
     smepo.update(model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.0), [group],
                  settings(prompts_per_step=1))
@@ -876,7 +887,7 @@ def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
     assert completion.shape[:2] == (4, lengths.max())
     sampled = torch.arange(lengths.max()) < lengths[:, None]
     assert torch.equal(completion.grad.abs().sum(-1) > 0, sampled)
-    assert prompt.shape[:2] == (1, 1) and prompt.grad is None
+    assert prompt.shape[0] == 1 and prompt.grad is None
 
 
 def test_dropout_of_the_model_folder_is_off(tmp_path, base):
@@ -951,7 +962,8 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
     ]
     monkeypatch.setattr(smepo, "collect_rollouts", lambda *_: (groups, 24))
     monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
-    returned, metrics = smepo.train_step(*base, None, [p], 7, settings())
+    optimizer = torch.optim.SGD(base[0].parameters())
+    returned, metrics = smepo.train_step(*base, optimizer, [p], 7, settings())
     expected = {"step": 7, "reward": 6 / 16, "completion_length": 4.0, "truncated": 2 / 16,
                 "zero_variance_wrong": 0.5, "zero_variance_right": 0.25, "guided": 0.5,
                 "leak_rate": 0.5, "loss": 0.5, "rollouts": 24}
@@ -1269,13 +1281,140 @@ def test_parquet_loads_like_jsonl(tmp_path, base):
     assert ours == smepo.load_problems(jsonl, "semantic", base[1], settings())
 
 
-@pytest.mark.parametrize("part", ["chat_template", "pad_token", "eos_token"])
-def test_a_tokenizer_without_what_training_needs_is_refused(tmp_path, capsys, base, part):
-    model, tokenizer = smepo.load_model(TASKS / "base", settings())
-    setattr(tokenizer, part, None)
-    for piece in (model, tokenizer):
-        piece.save_pretrained(tmp_path / "model")
-    assert part in refused(capsys, flags(small(tmp_path, model=str(tmp_path / "model"))))
+def saved_without(part: str, path, fresh_base) -> str:
+    setattr(fresh_base[1], part, None)
+    for piece in fresh_base:
+        piece.save_pretrained(path)
+    return str(path)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path, capsys, fresh_base):
+    model = saved_without("eos_token", tmp_path / "model", fresh_base)
+    assert "eos_token" in refused(capsys, flags(small(tmp_path, model=model)))
+
+
+def test_a_tokenizer_without_pad_pads_with_its_eos(tmp_path, fresh_base):
+    path = saved_without("pad_token", tmp_path / "model", fresh_base)
+    model, tokenizer = smepo.load_model(path, settings())
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    problems = smepo.load_problems(settings().test_data, "none", tokenizer, settings())[::300]
+    assert smepo.evaluate(model, tokenizer, problems, settings())["pass@1"]["2"][0] > 0
+
+
+def test_a_base_model_gets_a_plain_template_and_is_told_so(tmp_path, capsys, fresh_base):
+    path = saved_without("chat_template", tmp_path / "model", fresh_base)
+    _, tokenizer = smepo.load_model(path, settings())
+    assert "no chat template" in capsys.readouterr().err
+    assert smepo.build_prompt(tokenizer, "1 + 1?", "2.", "Be brief.") == (
+        "System: Be brief.\n\nUser: 1 + 1?\n\nAssistant: Here is an example solution:\n2.\n\n"
+        "Assistant:")
+
+
+def test_a_system_prompt_comes_with_domain_and_none_with_a_toy():
+    assert Config().system == Config(task="search").system == ""
+    assert "boxed" in Config(domain="math").system and "python" in Config(domain="code").system
+    assert Config(domain="math", system="").system == ""
+
+
+def random_model(name: str, vocabulary: int):
+    """A small random model of three architectures; GPT-2 has absolute positions."""
+    torch.manual_seed(0)
+    size = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **size))
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **wide, **size))
+    return LlamaForCausalLM(LlamaConfig(**wide, **size))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
+def test_other_architectures_train_and_their_checkpoints_load(tmp_path, base, name):
+    for piece in (random_model(name, len(base[1])), base[1]):
+        piece.save_pretrained(tmp_path / name)
+    config = small(tmp_path, model=str(tmp_path / name), gradient_checkpointing=True, warmup=0.5,
+                   schedule="cosine", expert_coef=0.1, learning_rate=1e-2)
+    folder = smepo.train(config)
+    records = without_times(folder / "metrics.jsonl")
+    assert [r["learning_rate"] for r in records[1:]] == pytest.approx(
+        [1e-2 * rise * (0.5 + 0.5 * math.cos(math.pi * done / 4))
+         for rise, done in ((0.5, 0), (1, 1), (1, 2), (1, 3))])
+    trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    before = AutoModelForCausalLM.from_pretrained(config.model)
+    pairs = zip(trained.parameters(), before.parameters(), strict=True)
+    assert any(not torch.equal(new, old) for new, old in pairs)
+
+
+def test_the_best_checkpoint_by_evaluation_is_kept(tmp_path, monkeypatch):
+    scores = iter([0.1, 0.4, 0.3])  # steps 0, 2, 4
+    monkeypatch.setattr(smepo, "evaluate", lambda *_: {"pass@1": {"mean": [next(scores), 0.0]}})
+    folder = smepo.train(small(tmp_path))
+    steps = [torch.load(folder / name / "training.pt", weights_only=True)["step"]
+             for name in ("best", "checkpoint")]
+    assert steps == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
+def test_gradient_checkpointing_and_few_logits_at_a_time_change_nothing(monkeypatch, name):
+    model = random_model(name, 50)
+    ids, mask = smepo.pad([[5, 6, 7, 8, 9], [7, 8, 9], [5, 6, 7, 8, 9]], 0, "left", "cpu")
+    tails = torch.randint(1, 50, (3, 6))
+    inputs = torch.cat([ids, tails], 1), torch.cat([mask, torch.ones_like(tails)], 1), 6, 0.7
+    found = []
+    for trains, logits in ((False, 2**25), (False, 150), (True, 150)):
+        monkeypatch.setattr(smepo, "LOGITS", logits)
+        model.gradient_checkpointing_enable()
+        model.train(trains)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if name == "gpt2":
+            for block in model.transformer.h:
+                block.attn.attn_dropout.p = 0.0
+        model.zero_grad()
+        logprobs = smepo.token_logprobs(model, *inputs)
+        (logprobs * torch.arange(6)).sum().backward()
+        found.append((logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for logprobs, gradient in found[1:]:
+        torch.testing.assert_close(logprobs, found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_rescales_its_logits_is_refused(tmp_path, capsys, base):
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(base[1]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.1))
+    for piece in (model, base[1]):
+        piece.save_pretrained(tmp_path / "gemma")
+    message = refused(capsys, flags(small(tmp_path, model=str(tmp_path / "gemma"))))
+    assert "rescales its logits" in message
+
+
+def test_long_prompts_are_left_out_and_long_guides_shortened_at_a_line_end(
+        tmp_path, capsys, base):
+    long = dict(GOOD, question="Compute 1" + " + 1" * 40)
+    lines = ["Step 1: 1 + 1 = 2."] * 30
+    wordy = dict(GOOD, teacher_ds="\n".join(lines))
+    path = write_rows(tmp_path / "rows.jsonl", [long, GOOD, wordy])
+    config = settings(max_prompt_tokens=70)
+    problems = smepo.load_problems(path, "full", base[1], config)
+    assert f"{path}: 1 questions exceed --max_prompt_tokens" in capsys.readouterr().out
+    assert [p.shortened for p in problems] == [False, True]
+    assert problems[0].guide == GOOD["teacher_ds"] and len(problems[1].guided_ids) <= 70
+    kept = len(problems[1].guide.split("\n"))
+    assert problems[1].guide == "\n".join(lines[:kept]) and 1 < kept < 30
+    one_more = smepo.build_prompt(base[1], GOOD["question"], "\n".join(lines[: kept + 1]))
+    assert len(base[1](one_more, add_special_tokens=False)["input_ids"]) > 70
+
+
+def test_rows_may_be_nested_and_tests_may_be_no_text(tmp_path):
+    tests = {"inputs": ["1\n"], "outputs": ["2\n"]}
+    row = {"extra_info": {"question": "Add one.", "teacher_ds": "```python\nx\n```", "index": 3},
+           "reward_model": {"style": "rule", "ground_truth": tests}}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    (question, answer, trace, _), = smepo.read_rows(path, wants_trace=True)
+    assert (question, trace) == ("Add one.", "```python\nx\n```") and json.loads(answer) == tests
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
@@ -1454,7 +1593,7 @@ def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
         tmp_path, capsys, monkeypatch):
     arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
     given = compare.parse(arguments[1:])
-    jobs = compare.jobs_of(given, range(2), compare.RATES, "k5", Config().data)
+    jobs = compare.jobs_of(given, (1, 2), compare.RATES, "k5", Config().data)
     for job in jobs:
         record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
         record["curve"] = record["curve"][:4]
