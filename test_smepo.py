@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from transformers import (
 
 import smepo
 from smepo import Config, Group, Problem, UserError
-from tiny_tasks import compare
+from tiny_tasks import arithmetic, compare
 
 HERE = Path(smepo.__file__).resolve().parent
 TASKS = HERE / "tiny_tasks"
@@ -1014,8 +1015,6 @@ def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
 def test_calibration_of_the_shipped_base(base):
     from pretrain import calibrate
 
-    from tiny_tasks import arithmetic
-
     table = calibrate(arithmetic, *base, settings())
     assert 0.45 <= table["none", 2][0] <= 0.60
     assert table["none", 5][0] <= 0.05
@@ -1495,7 +1494,7 @@ def fake(arm: str, seed: int, means: list[float], seconds: float, **changes) -> 
     steps = 2 * (len(means) - 1)
     levels = {level: 0.1 for level in "2345"}
     return {"arm": arm, "seed": seed, "steps": steps, "eval_every": 2, "learning_rate": 2e-4,
-            "task": "k5", "data": "none.jsonl", "steps_kept": compare.KEPT,
+            "task": "arithmetic", "data": "none_5.jsonl", "steps_kept": compare.KEPT,
             "curve": [[0.5, 0.75, 0.25, 0.0, 128, seconds / 2, seconds / 2]] * steps,
             "points": [levels | {"mean": mean} for mean in means],
             "final": {"pass@1": levels | {"mean": means[-1]}, "pass@8": {"mean": 0.9}},
@@ -1518,13 +1517,13 @@ def test_speed_counts_steps_rollouts_and_seconds_by_hand():
 
 
 def test_sweep_tells_speed_by_the_success_of_the_base(tmp_path):
-    records = [fake(arm, seed, means, 1.0, task=task)
-               for task in ("k2", "k5") for seed in (0, 1)
+    records = [fake(arm, seed, means, 1.0, data=f"train_{k}.jsonl")
+               for k in (2, 5) for seed in (0, 1)
                for arm, means in (("none", [0.2, 0.3, 0.4]),
-                                  ("semantic", [0.2, 0.4, 0.5] if task == "k2" else [0.2] * 3))]
+                                  ("semantic", [0.2, 0.4, 0.5] if k == 2 else [0.2] * 3))]
     text = compare.sweep_table(records, tmp_path)
-    assert "| k2 | 0.100 | semantic | 0.500 ± 0.000 | 2.00 ± 0.00 | 2 of 2 |" in text
-    assert "| k5 | 0.100 | semantic | 0.200 ± 0.000 | 0.00 ± 0.00 | 0 of 2 |" in text
+    assert "| k = 2 | 0.100 | semantic | 0.500 ± 0.000 | 2.00 ± 0.00 | 2 of 2 |" in text
+    assert "| k = 5 | 0.100 | semantic | 0.200 ± 0.000 | 0.00 ± 0.00 | 0 of 2 |" in text
     assert (tmp_path / "sweep.md").read_text(encoding="utf-8") == text
     assert (tmp_path / "sweep.png").stat().st_size > 0
 
@@ -1544,7 +1543,7 @@ def test_mean_error_by_hand():
 
 def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
     for row in rows("test", 1000):
-        trace = compare.arithmetic.altered(row["question"], random.Random(row["question"]))
+        trace = arithmetic.altered(row["question"], random.Random(row["question"]))
         assert smepo.mask_trace(trace, "math") == smepo.mask_trace(row["teacher_ds"], "math")
         assert smepo.stated(trace) != row["reward_model"]["ground_truth"]
         for sum_, value in re.findall(r"Step \d: (.*) = (\d+)", trace):
@@ -1555,7 +1554,7 @@ def test_a_job_trains_its_arm_and_keeps_what_the_summary_needs(monkeypatch):
     load = smepo.load_problems
     monkeypatch.setattr(smepo, "load_problems", lambda *a: load(*a)[::50])
     given = compare.parse(["--arms", "on-failure", "--steps", "2"])
-    job = compare.jobs_of(given, [3], compare.RATES, "k5", Config().data)[0]
+    job = compare.jobs_of(given, [3], compare.RATES, Config().data)[0]
     monkeypatch.chdir(HERE)
     ticks = []
     record = compare.run_job(job, lambda: ticks.append(1))
@@ -1593,7 +1592,7 @@ def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
         tmp_path, capsys, monkeypatch):
     arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
     given = compare.parse(arguments[1:])
-    jobs = compare.jobs_of(given, (1, 2), compare.RATES, "k5", Config().data)
+    jobs = compare.jobs_of(given, (1, 2), compare.RATES, Config().data)
     for job in jobs:
         record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
         record["curve"] = record["curve"][:4]
@@ -1625,3 +1624,133 @@ def test_compare_refuses_bad_input_in_one_line(capsys, arguments, message):
     assert smepo.main(["compare", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+# ---- Scale out: the export, and TRL on it --------------------------------------------------------
+
+
+def export(tmp_path, *arguments: str, data=None) -> list[dict]:
+    data = data or write_rows(tmp_path / "rows.jsonl", rows("train", 16))
+    out = tmp_path / "out.jsonl"
+    assert smepo.main(["export", "--data", data, "--out", str(out), *arguments]) == 0
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_export_for_trl_poses_the_guide_as_an_earlier_assistant_turn(tmp_path, capsys, base):
+    written, expected = export(tmp_path, "--format", "trl"), rows("train", 16)
+    assert "16 of 16 rows; 0 guides leak" in capsys.readouterr().out
+    for row, source in zip(written, expected, strict=True):
+        assert row["ground_truth"] == source["reward_model"]["ground_truth"]
+        assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant"]
+        prompt = base[1].apply_chat_template(row["prompt"], tokenize=False,
+                                             add_generation_prompt=True)
+        guide = smepo.mask_trace(source["teacher_ds"], "math", row["ground_truth"])
+        assert prompt == smepo.build_prompt(base[1], source["question"], guide)
+
+
+def test_export_for_verl_has_its_columns_and_loses_no_row(tmp_path):
+    written = export(tmp_path, "--format", "verl", "--system", "Think.")
+    for i, (row, source) in enumerate(zip(written, rows("train", 16), strict=True)):
+        assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
+        assert row["prompt"][0] == {"role": "system", "content": "Think."}
+        assert row["reward_model"] == source["reward_model"]
+        assert row["extra_info"]["index"] == i and row["data_source"] == "smepo/math"
+        assert row["extra_info"]["teacher_ds"] == source["teacher_ds"]
+
+
+def test_official_rows_of_math_and_code_round_trip_through_load_mask_and_export(tmp_path):
+    """A hand-made sample of the official schema."""
+    tests = json.dumps({"inputs": ["2 3\n"], "outputs": ["5\n"]})
+    code = "Read both numbers.\n\n```python\na, b = map(int, input().split())\nprint(a + b)\n```"
+    for domain, truth, trace, shown in (
+            ("math", "\\frac{1}{2}", "Divide: $3/6 = \\frac{1}{2}$. So \\boxed{\\frac{1}{2}}.",
+             "Divide: $[NUMBER]/[NUMBER] = [NUMBER]$. So \\boxed{[NUMBER]}."),
+            ("code", tests, code, "Read both numbers.\n\n```python\n[CODE]\n```")):
+        row = {"data_source": "official", "question": f"A {domain} problem.", "ability": domain,
+               "reward_model": {"style": "rule", "ground_truth": truth}, "teacher_ds": trace,
+               "extra_info": {"index": 7, "split": "train"}}
+        path = str(tmp_path / f"{domain}.parquet")
+        smepo.datasets.Dataset.from_list([row] * 3).to_parquet(path)
+        written = export(tmp_path, "--format", "verl", "--domain", domain, data=path)
+        assert len(written) == 3
+        for out in written:
+            assert out["prompt"][1]["content"] == "Here is an example solution:\n" + shown
+            assert out["reward_model"]["ground_truth"] == truth
+            assert out["extra_info"]["teacher_ds"] == trace
+
+
+def test_export_drops_or_keeps_what_leaks_and_counts_it(tmp_path, capsys):
+    leaky, bare = GOOD, dict(GOOD, question="Compute 2 + 1", reward_model={"ground_truth": "3"})
+    data = write_rows(tmp_path / "leaky.jsonl", [leaky, bare])  # 3 is not in the second's trace
+    assert len(export(tmp_path, "--format", "trl", "--guide", "full", data=data)) == 1
+    assert "1 of 2 rows; 1 guides leak the answer (leak rate 0.500)" in capsys.readouterr().out
+    kept = export(tmp_path, "--format", "trl", "--guide", "full", "--leaks", "keep", data=data)
+    assert len(kept) == 2
+    out = tmp_path / "out.jsonl"
+    before = out.read_bytes()
+    data = write_rows(tmp_path / "leaky.jsonl", [leaky])
+    assert "all 1 guides leak" in refused_after_output(capsys, [
+        "export", "--format", "trl", "--guide", "full", "--data", data, "--out", str(out)])
+    assert out.read_bytes() == before
+    assert ".jsonl or .parquet" in refused_after_output(capsys, [
+        "export", "--format", "trl", "--data", data, "--out", "guided.txt"])
+
+
+def trl_script(folder: Path) -> Path:
+    """The README's script, in a folder with what it reads."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    script = re.search(r'```python\n("""SMEPO on TRL.*?)```', text, re.DOTALL)[1]
+    assert len(script.splitlines()) <= 30
+    (folder / "train_trl.py").write_text(script, encoding="utf-8")
+    (folder / "tiny_tasks").mkdir()
+    shutil.copytree(TASKS / "base", folder / "tiny_tasks" / "base")
+    data = write_rows(folder / "rows.jsonl", rows("train", 64))
+    assert smepo.main(["export", "--data", data, "--format", "trl", "--out",
+                       str(folder / "runs" / "guided.jsonl")]) == 0
+    return folder / "train_trl.py"
+
+
+def test_the_trl_script_of_the_readme_trains_in_two_processes(tmp_path):
+    pytest.importorskip("trl")
+    script = trl_script(tmp_path)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+                                "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                          "--master_port", "0", script.name], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    logs = re.findall(r"'reward': '([\d.]+)'", run.stdout)
+    assert len(logs) == 10 and sum(map(float, logs)) > 0
+
+
+def test_trl_agrees_with_us_on_the_same_rollouts(tmp_path, monkeypatch):
+    """Its advantages, loss and gradient of the first step (its epsilon is 1e-4, ours 1e-6)."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    script = trl_script(tmp_path).read_text(encoding="utf-8").replace("max_steps=10", "max_steps=1")
+    names = {"__name__": "train_trl"}
+    torch.manual_seed(0)
+    exec(compile(script, "train_trl.py", "exec"), names)
+    trainer, seen = names["trainer"], {}
+    model, tokenizer = smepo.load_model(TASKS / "base", settings())
+    generate, compute = trainer._generate_and_score_completions, trainer._compute_loss
+    monkeypatch.setattr(trainer, "_generate_and_score_completions",
+                        lambda inputs: seen.update(texts=inputs) or seen.setdefault(
+                            "batch", generate(inputs)))
+    monkeypatch.setattr(trainer, "_compute_loss", lambda *a: seen.setdefault("loss", compute(*a)))
+    trainer.train()
+    batch, truths = seen["batch"], [row["ground_truth"] for row in seen["texts"]]
+    texts = tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    rewards = [smepo.reward(*row, "math") for row in zip(texts, truths, strict=True)]
+    A = smepo.group_advantages(rewards, 8, eps=1e-4)
+    assert A.abs().max() > 0.3  # else there is nothing to compare
+    torch.testing.assert_close(batch["advantages"], A, atol=1e-4, rtol=0)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logprobs = smepo.token_logprobs(model, ids, mask, batch["completion_ids"].shape[1], 1.0)
+    loss, _ = smepo.policy_loss(logprobs, logprobs.detach(), A, batch["completion_mask"])
+    assert abs(loss.item() - seen["loss"].item()) < 1e-4
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    logged = next(record["grad_norm"] for record in trainer.state.log_history)
+    assert logged == pytest.approx(norm, rel=1e-3)

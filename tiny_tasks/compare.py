@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 import smepo
-from tiny_tasks import arithmetic, toys
+from tiny_tasks import toys
+from tiny_tasks.make_tasks import TOYS
 
 ARMS = {
     "none": {"guide": "none"},  # GRPO
@@ -47,9 +48,12 @@ KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "ro
 
 
 def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float:
-    """Shown an altered trace: how often does the answer follow the trace, not the truth?"""
-    traces = [arithmetic.altered(problem.question, random.Random(problem.question))
-              for problem in problems]
+    """Shown an altered trace: how often does the answer follow the trace, not the truth? nan if
+    the toy has no such traces."""
+    altered = getattr(TOYS[config.task], "altered", None)
+    if altered is None:
+        return float("nan")
+    traces = [altered(problem.question, random.Random(problem.question)) for problem in problems]
     texts = [smepo.build_prompt(tokenizer, problem.question, trace)
              for problem, trace in zip(problems, traces, strict=True)]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -82,7 +86,7 @@ def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> fl
 def run_job(job: dict, tick) -> dict:
     """Train one arm with one seed; `tick` is called after every step. Returns what is kept."""
     config = smepo.Config(**ARMS[job["arm"]], steps=job["steps"], seed=job["seed"],
-                          learning_rate=job["learning_rate"], data=job["data"])
+                          learning_rate=job["learning_rate"], task=job["task"], data=job["data"])
     smepo.logging.disable_progress_bar()
     smepo.datasets.disable_progress_bars()
     model, tokenizer, optimizer, problems, tests = smepo.prepare(config.model, config)
@@ -95,8 +99,9 @@ def run_job(job: dict, tick) -> dict:
         if step % job["eval_every"] == 0:
             points.append(smepo.evaluate(model, tokenizer, tests, once)["pass@1"])
         tick()
-    hardest = [problem for problem in smepo.load_problems(
-        config.test_data, "semantic", tokenizer, config) if problem.difficulty == "5"]
+    guided = smepo.load_problems(config.test_data, "semantic", tokenizer, config)
+    level = max(problem.difficulty for problem in guided)
+    hardest = [problem for problem in guided if problem.difficulty == level]
     final = smepo.evaluate(model, tokenizer, tests, often)
     return job | {
         "steps_kept": KEPT, "curve": steps, "device": str(model.device),
@@ -111,8 +116,8 @@ def run_job(job: dict, tick) -> dict:
 
 
 def file_of(job: dict, out: Path) -> Path:
-    name = "{arm}_{task}_{learning_rate:g}_{steps}_{eval_every}_{seed}.json"
-    return out / "raw" / name.format(**job)
+    name = "{arm}_{learning_rate:g}_{steps}_{eval_every}_{seed}.json".format(**job)
+    return out / "raw" / f"{Path(job['data']).stem}_{name}"
 
 
 def run_job_to_file(job: dict, out: Path, ticks) -> None:
@@ -226,7 +231,7 @@ def why(records: list[dict]) -> list[str]:
 
 def summarize(records: list[dict], out: Path) -> str:
     """summary.md: what every arm ends with, how fast it gets to GRPO's end, and why."""
-    arms, levels = by_arm(records), ("2", "3", "4", "5", "mean")
+    arms, levels = by_arm(records), list(records[0]["points"][0])
     grpo = {record["seed"]: record for record in arms.get("none", [])}
     start = [record["points"][0] for record in next(iter(arms.values()))]
     ends = [["the base", "", *(mean_error([p[k] for p in start]) for k in levels), ""]]
@@ -236,7 +241,7 @@ def summarize(records: list[dict], out: Path) -> str:
             *(mean_error([record["final"]["pass@1"][k] for record in group]) for k in levels),
             mean_error([record["final"]["pass@8"]["mean"] for record in group])])
     text = "\n".join((
-        table(("arm", "training reward, last 5 steps", "unguided k = 2", "k = 3", "k = 4", "k = 5",
+        table(("arm", "training reward, last 5 steps", *(f"unguided, k = {k}" for k in levels[:-1]),
                "mean", "pass@8, mean"), ends),
         table(("arm", "steps to GRPO's final mean", "rollouts", "training seconds",
                "GRPO's seconds / these", "seeds that get there"),
@@ -298,14 +303,14 @@ def draw(records: list[dict], path: Path) -> None:
 def sweep_table(records: list[dict], out: Path) -> str:
     """Speed-up over GRPO of each arm, by how often the base solves the training problems."""
     rows, points = [], {}
-    for task, group in itertools.groupby(records, lambda record: record["task"]):
-        arms, level = by_arm(list(group)), task.removeprefix("k")
+    for data, group in itertools.groupby(records, lambda record: record["data"]):
+        arms, level = by_arm(list(group)), Path(data).stem[-1]
         grpo = {record["seed"]: record for record in arms["none"]}
         success = statistics.mean(record["points"][0][level] for record in arms["none"])
         for arm, runs in arms.items():
             ratios = [speed_up(run, grpo[run["seed"]]) for run in runs]
             points.setdefault(arm, []).append((success, ratios))
-            rows.append([task, f"{success:.3f}", arm,
+            rows.append([f"k = {level}", f"{success:.3f}", arm,
                          mean_error([run["final"]["pass@1"]["mean"] for run in runs]),
                          mean_error(ratios, 2), f"{sum(map(bool, ratios))} of {len(ratios)}"])
     text = table(("trained on", "base, unguided", "arm", "unguided mean",
@@ -345,18 +350,19 @@ def rates_table(records: list[dict], out: Path) -> str:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def jobs_of(given, seeds, rates: dict[str, float], task: str, data) -> list[dict]:
+def jobs_of(given, seeds, rates: dict[str, float], data) -> list[dict]:
     return [{"arm": arm, "seed": seed, "steps": given.steps, "learning_rate": rates[arm],
-             "eval_every": max(1, given.steps // given.points), "task": task, "data": str(data)}
+             "eval_every": max(1, given.steps // given.points), "task": given.task,
+             "data": str(data)}
             for seed in seeds for arm in given.arms]  # seed by seed: a stopped run is even
 
 
-def training_file(k: int, out: Path) -> Path:
-    """2,000 training problems with k operations."""
-    path = out / f"k{k}.jsonl"
+def training_file(task: str, k: int, out: Path) -> Path:
+    """2,000 training problems of difficulty k."""
+    path = out / f"{task}_{k}.jsonl"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        rows = toys.draw_rows(arithmetic, k, {k: 2000}, held_out=False)
+        rows = toys.draw_rows(TOYS[task], k, {k: 2000}, held_out=False)
         smepo.write(path, toys.to_jsonl(rows).decode())
     return path
 
@@ -364,6 +370,7 @@ def training_file(k: int, out: Path) -> Path:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="smepo.py compare", description=__doc__.splitlines()[0],
                                      exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--task", choices=list(TOYS), default="arithmetic")
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; without it, all")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N")
     parser.add_argument("--steps", type=int, default=60, help="of every arm")
@@ -372,7 +379,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/compare", help="the folder to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help=f"one seed of {', '.join(QUICK)}")
-    kind.add_argument("--sweep", action="store_true", help="train on 2, 3, 4 and 5 operations")
+    kind.add_argument("--sweep", action="store_true", help="train on each difficulty")
     kind.add_argument("--rates", help="learning rates to try, on other seeds: 1e-4,2e-4")
     given, rest = parser.parse_known_args(arguments)
     usual = QUICK if given.quick else SWEPT if given.sweep else tuple(ARMS)
@@ -392,7 +399,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
     out, seeds = Path(given.out), range(1, 2 if given.quick else given.seeds + 1)
-    data = smepo.Config().data
+    data = smepo.Config(task=given.task).data
     if given.rates:
         try:
             rates = [float(rate) for rate in given.rates.split(",")]
@@ -400,14 +407,14 @@ def main(arguments: list[str]) -> None:
             raise smepo.UserError(f"--rates {given.rates}: numbers like 1e-4,2e-4") from error
         given.points = 1
         jobs = [job for rate in rates for job in jobs_of(
-            given, [100 + seed for seed in seeds], dict.fromkeys(ARMS, rate), "k5", data)]
+            given, [100 + seed for seed in seeds], dict.fromkeys(ARMS, rate), data)]
         print(rates_table(run_all(jobs, out, given.jobs), out))
     elif given.sweep:
-        jobs = [job for k in (2, 3, 4, 5) for job in jobs_of(
-            given, seeds, RATES, f"k{k}", training_file(k, out))]
+        jobs = [job for k in TOYS[given.task].TEST for job in jobs_of(
+            given, seeds, RATES, training_file(given.task, k, out))]
         print(sweep_table(run_all(jobs, out, given.jobs), out))
     else:
-        records = run_all(jobs_of(given, seeds, RATES, "k5", data), out, given.jobs)
+        records = run_all(jobs_of(given, seeds, RATES, data), out, given.jobs)
         print(summarize(records, out))
         if find_spec("matplotlib"):
             draw(records, out / "compare.png")
