@@ -190,19 +190,16 @@ HAN = "〇零一二两三四五六七八九十百千万亿"
 LABEL = ("(?i:step|(?:sub)?case|part|stage|lemma|theorem|thm|corollary|prop(?:osition)?|claim|fact|"
          "remark|definition|method|solution|problem|question|example|condition|section|table|"
          "fig(?:ure)?|equation|eqn?)")
-ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[A-Za-z]|"
-      rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
+NUMERAL = rf"\d{{1,3}}(?:\.\d{{1,3}})*(?:[a-d]|\([a-z]\))?|(?i:{'|'.join(SMALL[1:11])})"
+ID = rf"\(?(?:(?:[A-Z]\.)?{NUMERAL}|[IVX]{{1,4}}|[A-Za-z])\)?(?![\w(]|[.,]\d| ?[=^+<>%×·/])"
 NO_COUNT = r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
-NO_TERM = r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))"
 KEEP = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
     "1. Let": r"^[ \t>]*(?:[-*+] |#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\))"
               r"(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d[\d.]{0,4}(?= [A-Z])",
     "Cases 1, 2 and 3": rf"{START}{LABEL}s[ ~]{ID}(?:,? ?(?:and|or|to|[-–])? ?{ID}){{0,9}}",
-    "Step 1": rf"{START}{NO_COUNT}{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}{ID}{NO_TERM}",
-    "the worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every|any|one|both|next) "
-                      rf"(?:case|step|part){END}",
-    "from (1)": rf"{START}(?:(?i:from|in|into|and|with|via|see|of|both|\w{{2,9}}ing)|By) "
-                r"\(\d{1,2}\)",
+    "Step 1": rf"{START}{NO_COUNT}{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}{ID}",
+    "worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every) (?:case|step|part){END}",
+    "from (1)": rf"{START}(?i:from|in|into|and|with|by|via|see|of|both|\w{{2,9}}ing) \(\d{{1,2}}\)",
     "the two roots": rf"{START}(?i:the|these|those|no) (?:two|three|four|five|six)(?= [a-z\[])",
     "one can": rf"{START}[Oo]ne(?= (?:can|could|may|might|must|should|would|has|by|of){END})",
     "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
@@ -218,11 +215,10 @@ FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|
 POWER = rf"{TIMES_TEN_TO}\{{?[-−+]?\d+\}}?| ?[×x] ?10[⁺⁻⁰¹²³⁴-⁹]+|[eE][-+]?\d+(?!\w)"
 FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC}|{POWER})?|{FRAC})"
            rf"(?: ?\\?%|(?:st|nd|rd|th){END}|[ -](?:{'|'.join(SCALES)}){END})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
-WORD = (rf"(?:(?:{'|'.join(SMALL[:10:-1] + SMALL[10:1:-1] + [*SCALES])}|zero)(?:th|s|ths)?|one|"
-        r"first|second|thirds?|(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|half|halves|quarters?)")
-SPELLED = (rf"(?i:(?:an? (?=hundred|thousand|million|dozen|half|quarter|third)|negative )?{WORD}"
-           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){END}")  # forty-two
-SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
+WORD = (rf"(?:(?:{'|'.join(sorted(VALUES, key=len)[::-1])})(?:th|s|ths)?|first|second|thirds?|"
+        r"(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|halves|quarters?)")
+SPELLED = rf"(?i:{WORD}(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*{END})"
+SELDOM = re.compile(r"(?i)ones?|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
 ROMAN = rf"(?:[IVXL]{{2,9}}|[IVXLCDM]{{4,15}}){END}"
 MATH = re.compile(
     rf"{'|'.join(KEEP.values())}|{MASK}|"
@@ -262,7 +258,7 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
         pattern = f"(?-i:{cased[0]})" if cased else pattern
         find = (rf"(?:####|<answer>|{START}(?:answer|choice|option|is|so|thus|hence|therefore))"
                 rf"(?: is)?[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
-                rf"(?=[^\w\s'’-]|\s*$| because| since)|\(({pattern}{{1}})\)")
+                rf"(?=[^\w\s'’\[-]|\s*$| because| since)|\(({pattern}{{1}})\)")
     return [(*match.span(match.lastindex), "[ANSWER]")
             for match in re.finditer(rf"(?im){MASK}|{find}", trace) if match.lastindex]
 
@@ -271,8 +267,7 @@ BLOCK = re.compile(
     r"^(?P<quoted>[ \t]*>)?[ \t>]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*(?:\n|\Z)"
     r"([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|(?(quoted)^(?![ \t]*>)|\Z)|\Z)|"
     r"<(?P<tag>pre|code)\b[^>\n]{0,99}>([\s\S]*?)(?:</(?P=tag)>|\Z)|"
-    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\*?\}[^\n]{0,99}\n([\s\S]*?)"
-    r"(?:\\end\{(?P=tex)\*?\}|\Z)|"
+    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\}.{0,99}\n([\s\S]*?)(?:\\end\{(?P=tex)\}|\Z)|"
     r"(?P<quote>\\{0,3}\")(?:code|source|script|program|python|command|input|old|new)(?P=quote)"
     r"\s{0,3}:\s{0,3}(?P=quote)([\s\S]*?)(?:(?<!\\)(?P=quote)|\Z)", re.MULTILINE)
 INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
@@ -282,42 +277,40 @@ NO_STATEMENT = ast.AnnAssign, ast.Pass, ast.Break, ast.Continue  # words, and `T
 OPERATOR = re.compile(r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)")
 PROSE = re.compile(r"(?:[-*+] |#+ |\d+[.)] )?(?:[A-Z]\w+ \(|"
                    r"[A-Za-z][\w'’]*,? [\w'’-]+,? [\w'’-]+\b(?! ?[=(\[.:]\w))")
-SESSION = re.compile(r"\s*(?:>>> ?|In ?\[\d+\]:|\$ \w)")
 
 def is_code(text: str, inline: bool) -> bool:
     """Inline: does it compute, as `a[i] + 1` and `x = 2` do, but `x` and `O(n)` do not? A line
     outside of any block: is it a statement?"""
     if NO_CODE.search(text) or len(text) > 300:
         return False
+    if text.startswith((">>>", "In [", "@", "#include")):
+        return True
     try:
         lines = ast.parse(text.replace("\\", "") + " pass" * text.endswith(":")).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language, or a part
         looks = inline or text.endswith(("(", "[", "{", ";")) and not PROSE.match(text)
-        text = re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)
-        return text.startswith(("@", "#include")) or looks and bool(OPERATOR.search(text))
+        return looks and bool(OPERATOR.search(re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)))
     if not lines or not isinstance(lines[0], ast.Expr):
         return bool(lines) and not isinstance(lines[0], NO_STATEMENT)
     nodes = ast.walk(lines[0]) if inline else [lines[0].value] * (not PROSE.match(text))
     return any(isinstance(node, COMPUTES) for node in nodes)
 
 def code_spans(trace: str, answer: str) -> list[Span]:
-    """What a block holds, without its fence; runs of lines that are code; inline code."""
+    """What a block holds, without its fence; lines that are code; inline code."""
     found = [match.span(match.lastindex) for match in BLOCK.finditer(trace)]
-    rest = BLOCK.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), trace)
+    rest = BLOCK.sub(lambda match: re.sub(r"[^\n]", "\0", match[0]), trace)
     spans, run, blank = [], False, True
-    for match in re.finditer(r"(?m)^.*$", rest):
-        text, line = match[0], match[0].strip()
+    for match in re.finditer(r"(?m)^\0*(.*)$", rest):
+        line = match[1].strip("\0 \t\r")
         if not line:
             blank = True
             continue
-        indented, prose = text.startswith(("    ", "\t")), PROSE.match(line)
+        indented, prose = match[0].startswith(("    ", "\t")), PROSE.match(line)
         goes_on = indented and not prose if blank else run and (indented or not prose)
-        if code := goes_on or SESSION.match(text) or is_code(line, False):
-            found.append((found.pop()[0] if run else match.start(), match.end()))
-        else:
-            found += [inline.span(2) for inline in INLINE.finditer(rest, *match.span())
-                      if is_code(inline[2].strip(), True)]
-        run, blank = code, False
+        run, blank = (goes_on or is_code(line, False)) and not re.search(MASK, line), False
+        found += [match.span(1)] if run else [
+            inline.span(2) for inline in INLINE.finditer(rest, *match.span())
+            if is_code(inline[2].strip(), True)]
     for start, end in found:
         end = start + len(trace[start:end].rstrip())
         code = trace[start:end].lstrip("> \t\r\n")  # indentation and prompts stay
@@ -329,7 +322,7 @@ def code_spans(trace: str, answer: str) -> list[Span]:
 ORDINARY = """a an the i we he she it they this that these there my our his her its their who which
 what when where how is are was were do does did has if so no not yes and or but for in on at by to
 of from with as than since because although while after before both also however therefore thus
-hence finally first then next now later meanwhile find search identify compare title""".split()
+hence finally first then next now later meanwhile find search identify compare title step""".split()
 LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
 CAP = (  # O'Neil, Łódź
@@ -343,26 +336,23 @@ ENTITY = re.compile(
     rf"observation) ?\#?\d+|(?P<number>"
     rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?(?: (?:{'|'.join(SCALES)}){END})?|"
     rf"{START}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|[{LATIN}]+", re.MULTILINE)
-QUERY = re.compile(r"<(?:search|query|tool_call)>([^<]+)|\"query\"\s?:\s?\"([^\"\n]+)")
+QUERY = re.compile(r"<(?:search|query|tool_call)>([^<\n]+)|\"query\"\s?:\s?\"([^\"\n]+)")
 OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
 WORDS = re.compile(f"{LETTER}+")
+FEW = re.compile(f"{SELDOM.pattern}|{'|'.join(SMALL[:13])}")  # two films: seldom what is asked for
 VERB = re.compile(rf"['’]s?{END}| (?:is|was|has|had|became|won|wrote|died|are|were){END}")
 
 def search_spans(trace: str, answer: str) -> list[Span]:
     """Names, dates and quantities; and the names again by an alias."""
-    spans, names, unsure = [], re.findall(CAP, answer), []
+    spans, names, unsure = [], [answer], []
     for match in ENTITY.finditer(trace):
         (start, end), number, name = match.span(), match["number"], match["name"]
-        if number and (number in SMALL[:13] or SELDOM.fullmatch(number)):
-            number = same_answer(number, answer, "math")  # two films: seldom what is asked for
-        elif name and name.isalpha() and not name[1:].isupper() and (
+        if name and name.isalpha() and not name[1:].isupper() and (
                 OPENS.search(trace, max(0, start - 9), start) and not VERB.match(trace, end)):
             unsure.append(match)  # one word that opens a sentence: a name if it is known as one
-            continue
-        if number or name:
+        elif name or number and (not FEW.fullmatch(number) or same_answer(number, answer, "math")):
             spans.append((start, end, "[ENTITY]"))
-        if name:
-            names.append(name)
+            names.append(name or "")
     words = [WORDS.findall(name) for name in set(names)]
     known = {word.casefold() for name in words for word in name}
     known |= {"".join(word[0] for word in name).casefold() for name in words}  # UNESCO
@@ -375,14 +365,13 @@ DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     """The reward-relevant spans, left to right. Without the `answer`, what the trace states."""
-    if not answer and (domain == "search" or not re.search(r"\w\s+\w", stated(trace))):
-        answer = stated(trace)  # several words in math are prose: "the answer is found by ..."
+    answer = answer or stated(trace)
     found, spans = DOMAINS[domain](trace, answer), []
     if domain != "code":  # whose answer, the tests, is never in the trace
         found += answer_spans(trace, answer)
     for start, end, mask in sorted(found):
-        joint = spans and domain == "search" and trace[spans[-1][1] : start] == " "  # 9 March 1742
-        if joint or spans and start < spans[-1][1]:  # spans that overlap are one
+        gap = trace[spans[-1][1] : start] if spans else "-"
+        if domain == "search" and gap == " " or domain == "code" and gap.isspace() or not gap:
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
         spans.append((start, end, mask))
     return spans
