@@ -124,9 +124,8 @@ STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
          "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
          "eighty ninety").split()
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+SCALES = {"half": 0.5, "dozen": 12, "hundred": 100, "thousand": 1e3, "million": 1e6, "billion": 1e9}
 VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES
-VALUES["half"] = Fraction(1, 2)
 COMMA = r"(?<=\d)(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))"  # of thousands
 TIMES_TEN_TO = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?\^ ?"
 
@@ -147,7 +146,7 @@ def number_value(text: str) -> Fraction | None:
     words, total, part = re.findall(r"[^\W\d_]+|\d", text.replace(" and ", " ")), 0, 0
     if words and all(word in VALUES for word in words):  # one hundred and five, three dozen
         for value in map(VALUES.get, words):
-            part = (part or 1) * value if value in SCALES.values() or value < 1 else part + value
+            part = (part or 1) * value if value in SCALES.values() else part + value
             total, part = (total + part, 0) if value >= 1000 else (total, part)
         return Fraction(total + part)
     text = re.sub(TIMES_TEN_TO, "e", re.sub(COMMA, "", text))
@@ -187,9 +186,8 @@ MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
 LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
 START, END = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # of a word; \b would see digits, too
 HAN = "〇零一二两三四五六七八九十百千万亿"
-LABEL = ("(?i:step|(?:sub)?case|part|stage|lemma|theorem|thm|corollary|prop(?:osition)?|claim|fact|"
-         "remark|definition|method|solution|problem|question|example|condition|section|table|"
-         "fig(?:ure)?|equation|eqn?)")
+LABEL = ("(?i:step|(?:sub)?case|part|lemma|theorem|thm|corollary|prop(?:osition)?|claim|fact|"
+         "remark|method|solution|problem|question|example|section|table|fig(?:ure)?|eqn?|equation)")
 NUMERAL = rf"\d{{1,3}}(?:\.\d{{1,3}})*(?:[a-d]|\([a-z]\))?|(?i:{'|'.join(SMALL[1:11])})"
 ID = rf"\(?(?:(?:[A-Z]\.)?{NUMERAL}|[IVX]{{1,4}}|[A-Za-z])\)?(?![\w(]|[.,]\d| ?[=^+<>%×·/])"
 NO_COUNT = r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
@@ -201,7 +199,6 @@ KEEP = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
     "worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every) (?:case|step|part){END}",
     "from (1)": rf"{START}(?i:from|in|into|and|with|by|via|see|of|both|\w{{2,9}}ing) \(\d{{1,2}}\)",
     "the two roots": rf"{START}(?i:the|these|those|no) (?:two|three|four|five|six)(?= [a-z\[])",
-    "one can": rf"{START}[Oo]ne(?= (?:can|could|may|might|must|should|would|has|by|of){END})",
     "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
            r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
     "P2": r"(?<![\w\\])[A-Za-z]\d{1,2}(?!\w|[.,]\d)",
@@ -225,20 +222,9 @@ MATH = re.compile(
     rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
     rf"(?P<number>{FIGURES}|{START}(?:{SPELLED}|{ROMAN})|[{HAN}]{{2,}})|[{LATIN}]+", re.MULTILINE)
 
-def math_spans(trace: str, answer: str) -> list[Span]:
-    """Numbers, and what is boxed."""
-    spans = []
-    for match in MATH.finditer(trace):
-        number, box = match["number"], match["box"]
-        if box or number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
-            mask = "[NUMBER]" if number or number_value(box) is not None else "[ANSWER]"
-            spans.append((*match.span(match.lastgroup), mask))
-    return spans
-
 # How else the signs of an answer may be written, and what may stand between them.
 SPELLINGS = {"-": "[-−–]", "*": r"(?:\\cdot|\\times|\*)?", "/": r"(?:/|\}\s?\{)?",
-             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
-             "\\sqrt": r"(?:\\sqrt|√)", "\\infty": r"(?:\\infty|∞)"}
+             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})"}
 NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
 
 def answer_spans(trace: str, answer: str) -> list[Span]:
@@ -252,15 +238,24 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
     pattern = NOISE.join(SPELLINGS.get(token, re.escape(token)) for token in tokens)
     left = r"(?<![\d.])" if pattern[0].isdigit() else START if pattern[0].isalpha() else ""
     right = r"(?!\d)" if pattern[-1].isdigit() else END if pattern[-1].isalpha() else ""
-    find = rf"{left}({pattern})s?{right}"
+    find = rf"{left}((?i:{pattern}))s?{right}"
     if re.fullmatch("[a-z]|yes|no|true|false", pattern):
-        cased = re.search(r"\b[A-Z]\b", answer)
-        pattern = f"(?-i:{cased[0]})" if cased else pattern
-        find = (rf"(?:####|<answer>|{START}(?:answer|choice|option|is|so|thus|hence|therefore))"
+        pattern = "".join(re.findall(r"\b[A-Z]\b", answer)) or f"(?i:{pattern})"
+        find = (rf"(?:####|<answer>|{START}(?i:answer|choice|option|is|so|thus|hence|therefore))"
                 rf"(?: is)?[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
                 rf"(?=[^\w\s'’\[-]|\s*$| because| since)|\(({pattern}{{1}})\)")
     return [(*match.span(match.lastindex), "[ANSWER]")
-            for match in re.finditer(rf"(?im){MASK}|{find}", trace) if match.lastindex]
+            for match in re.finditer(rf"(?m){MASK}|{find}", trace) if match.lastindex]
+
+def math_spans(trace: str, answer: str) -> list[Span]:
+    """Numbers, what is boxed, and the answer."""
+    spans = answer_spans(trace, answer)
+    for match in MATH.finditer(trace):
+        number, box = match["number"], match["box"]
+        if box or number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
+            mask = "[NUMBER]" if number or number_value(box) is not None else "[ANSWER]"
+            spans.append((*match.span(match.lastgroup), mask))
+    return spans
 
 # Code: blocks, by how they open; elsewhere lines that are statements, inline code that computes.
 BLOCK = re.compile(
@@ -343,8 +338,8 @@ FEW = re.compile(f"{SELDOM.pattern}|{'|'.join(SMALL[:13])}")  # two films: seldo
 VERB = re.compile(rf"['’]s?{END}| (?:is|was|has|had|became|won|wrote|died|are|were){END}")
 
 def search_spans(trace: str, answer: str) -> list[Span]:
-    """Names, dates and quantities; and the names again by an alias."""
-    spans, names, unsure = [], [answer], []
+    """The answer, names, dates and quantities; and the names again by an alias."""
+    spans, names, unsure = answer_spans(trace, answer), [answer], []
     for match in ENTITY.finditer(trace):
         (start, end), number, name = match.span(), match["number"], match["name"]
         if name and name.isalpha() and not name[1:].isupper() and (
@@ -365,11 +360,8 @@ DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     """The reward-relevant spans, left to right. Without the `answer`, what the trace states."""
-    answer = answer or stated(trace)
-    found, spans = DOMAINS[domain](trace, answer), []
-    if domain != "code":  # whose answer, the tests, is never in the trace
-        found += answer_spans(trace, answer)
-    for start, end, mask in sorted(found):
+    spans = []
+    for start, end, mask in sorted(DOMAINS[domain](trace, answer or stated(trace))):
         gap = trace[spans[-1][1] : start] if spans else "-"
         if domain == "search" and gap == " " or domain == "code" and gap.isspace() or not gap:
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
@@ -400,10 +392,9 @@ def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | No
     return "".join(parts) + trace[at:]
 
 def leaks(masked: str, answer: str, domain: str) -> bool:
-    """Can the verifier's target still be read off the masked text?"""
-    visible = {masked[start:end] for start, end, _ in DOMAINS[domain](masked, answer)}
-    return bool(visible) if domain == "code" else bool(answer_spans(masked, answer)) or any(
-        same_answer(text, answer, domain) for text in visible)
+    """Can the verifier's target, for code the code, still be read off the masked text?"""
+    return any(mask in ("[ANSWER]", "[CODE]") or same_answer(masked[start:end], answer, domain)
+               for start, end, mask in DOMAINS[domain](masked, answer))
 
 def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
