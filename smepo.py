@@ -183,11 +183,12 @@ def reward(completion: str, ground_truth: str, domain: str) -> float:
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
 Ids = list[int]  # token ids
 MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
-LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
+LATIN, LOWER = "A-Za-zÀ-ÖØ-öø-ɏ", "a-zß-öø-ÿ"
 START, END = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # of a word; \b would see digits, too
 HAN = "〇零一二两三四五六七八九十百千万亿"
-LABEL = ("(?i:step|(?:sub)?case|part|lemma|theorem|thm|corollary|prop(?:osition)?|claim|fact|"
-         "remark|method|solution|problem|question|example|section|table|fig(?:ure)?|eqn?|equation)")
+LABEL = ("(?i:step|(?:sub)?case|part|stage|phase|lemma|theorem|thm|corollary|prop(?:osition|erty)?|"
+         "claim|fact|remark|definition|condition|method|solution|problem|question|example|formula|"
+         "chapter|section|table|fig(?:ure)?|eqn?|equation)")
 NUMERAL = rf"\d{{1,3}}(?:\.\d{{1,3}})*(?:[a-d]|\([a-z]\))?|(?i:{'|'.join(SMALL[1:11])})"
 ID = rf"\(?(?:(?:[A-Z]\.)?{NUMERAL}|[IVX]{{1,4}}|[A-Za-z])\)?(?![\w(]|[.,]\d| ?[=^+<>%×·/])"
 NO_COUNT = r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
@@ -199,6 +200,7 @@ KEEP = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
     "worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every) (?:case|step|part){END}",
     "from (1)": rf"{START}(?i:from|in|into|and|with|by|via|see|of|both|\w{{2,9}}ing) \(\d{{1,2}}\)",
     "the two roots": rf"{START}(?i:the|these|those|no) (?:two|three|four|five|six)(?= [a-z\[])",
+    "one can": rf"{START}[Oo]ne(?= (?:can|could|may|might|must|should|would|has|by|of){END})",
     "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
            r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
     "P2": r"(?<![\w\\])[A-Za-z]\d{1,2}(?!\w|[.,]\d)",
@@ -224,7 +226,8 @@ MATH = re.compile(
 
 # How else the signs of an answer may be written, and what may stand between them.
 SPELLINGS = {"-": "[-−–]", "*": r"(?:\\cdot|\\times|\*)?", "/": r"(?:/|\}\s?\{)?",
-             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})"}
+             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
+             "\\sqrt": r"(?:\\sqrt|√)", "\\infty": r"(?:\\infty|∞)"}
 NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
 
 def answer_spans(trace: str, answer: str) -> list[Span]:
@@ -266,12 +269,13 @@ BLOCK = re.compile(
     r"(?P<quote>\\{0,3}\")(?:code|source|script|program|python|command|input|old|new)(?P=quote)"
     r"\s{0,3}:\s{0,3}(?P=quote)([\s\S]*?)(?:(?<!\\)(?P=quote)|\Z)", re.MULTILINE)
 INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
-NO_CODE = re.compile(rf"{MASK}|^(?:[a-z]{{2,}}(?:-[a-z]{{2,}})+|\\?[OoΘΩT]\w{{0,4}} ?\(.*\)\W*)\Z")
+NO_CODE = re.compile(rf"{MASK}|^(?:[a-z]{{2,}}(?:-[a-z]{{2,}})+\Z|[A-Z]\w+ \(|"
+                     r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*\Z)")  # left-to-right, O(n)
 COMPUTES = ast.Call, ast.Slice, ast.Lambda, ast.comprehension, ast.operator, ast.cmpop, ast.boolop
 NO_STATEMENT = ast.AnnAssign, ast.Pass, ast.Break, ast.Continue  # words, and `Time: quadratic`
 OPERATOR = re.compile(r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)")
-PROSE = re.compile(r"(?:[-*+] |#+ |\d+[.)] )?(?:[A-Z]\w+ \(|"
-                   r"[A-Za-z][\w'’]*,? [\w'’-]+,? [\w'’-]+\b(?! ?[=(\[.:]\w))")
+PROSE = re.compile(  # "Time: ..." or three words, but not `long long gcd(`
+    r"\*\*|[A-Z]\w+: |(?:[-*+] |#+ |\d+[.)] )?[A-Za-z][\w'’]*(?:,? [\w'’-]+){2}\b(?! ?[=(\[.:]\w)")
 
 def is_code(text: str, inline: bool) -> bool:
     """Inline: does it compute, as `a[i] + 1` and `x = 2` do, but `x` and `O(n)` do not? A line
@@ -287,7 +291,7 @@ def is_code(text: str, inline: bool) -> bool:
         return looks and bool(OPERATOR.search(re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)))
     if not lines or not isinstance(lines[0], ast.Expr):
         return bool(lines) and not isinstance(lines[0], NO_STATEMENT)
-    nodes = ast.walk(lines[0]) if inline else [lines[0].value] * (not PROSE.match(text))
+    nodes = ast.walk(lines[0]) if inline else [lines[0].value]
     return any(isinstance(node, COMPUTES) for node in nodes)
 
 def code_spans(trace: str, answer: str) -> list[Span]:
@@ -318,7 +322,6 @@ ORDINARY = """a an the i we he she it they this that these there my our his her 
 what when where how is are was were do does did has if so no not yes and or but for in on at by to
 of from with as than since because although while after before both also however therefore thus
 hence finally first then next now later meanwhile find search identify compare title step""".split()
-LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
 CAP = (  # O'Neil, Łódź
     rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
@@ -326,11 +329,10 @@ CAP = (  # O'Neil, Łódź
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
 NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
-    rf"</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
-    rf"{START}(?i:step|doc|document|passage|result|source|hop|question|query|thought|action|"
-    rf"observation) ?\#?\d+|(?P<number>"
-    rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?(?: (?:{'|'.join(SCALES)}){END})?|"
-    rf"{START}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|[{LATIN}]+", re.MULTILINE)
+    rf"(?m)</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
+    rf"{START}(?i:step|hop|doc(?:ument)?|passage|source|result|thought|action|observation) ?\#?\d+|"
+    rf"(?P<number>[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?"
+    rf"(?: (?:{'|'.join(SCALES)}){END})?|{START}{SPELLED})|(?P<name>{NAME})|[{LATIN}]+")
 QUERY = re.compile(r"<(?:search|query|tool_call)>([^<\n]+)|\"query\"\s?:\s?\"([^\"\n]+)")
 OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
 WORDS = re.compile(f"{LETTER}+")
@@ -393,8 +395,9 @@ def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | No
 
 def leaks(masked: str, answer: str, domain: str) -> bool:
     """Can the verifier's target, for code the code, still be read off the masked text?"""
-    return any(mask in ("[ANSWER]", "[CODE]") or same_answer(masked[start:end], answer, domain)
-               for start, end, mask in DOMAINS[domain](masked, answer))
+    visible = {(masked[start:end], mask) for start, end, mask in DOMAINS[domain](masked, answer)}
+    return any(mask in ("[ANSWER]", "[CODE]") or same_answer(text, answer, domain)
+               for text, mask in visible)
 
 def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
