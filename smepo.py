@@ -323,9 +323,8 @@ what when where how is are was were do does did has if so no not yes and or but 
 of from with as than since because although while after before both also however therefore thus
 hence finally first then next now later meanwhile find search identify compare title step""".split()
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
-CAP = (  # O'Neil, Łódź
-    rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
-    rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")
+CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
+       rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")  # O'Neil
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
 NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
