@@ -24,7 +24,6 @@ Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--h
 import argparse
 import ast
 import json
-import keyword
 import math
 import os
 import random
@@ -34,11 +33,9 @@ import signal
 import sys
 import time
 import unicodedata
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,14 +135,13 @@ for _ in range(5):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
 STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|answer(?: is:?|:))"
                     r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
-NUMERAL = re.compile(
-    r"([-+]?)(?:(\d+) ?(?= \d+/))? ?(\d+\.?\d*|\.\d+)(?:/(\d+))?(?:e(-?\d{1,3}))?%?")
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
          "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
          "eighty ninety").split()
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
-VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES | PARTS
+SCALES = {"half": 0.5, "dozen": 12, "hundred": 100, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES
+COMMA = r"(?<=\d)(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))"  # of thousands
+TIMES_TEN_TO = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?\^ ?"
 
 def stated(text: str) -> str:
     """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
@@ -164,20 +160,19 @@ def number_value(text: str) -> Fraction | None:
     words, total, part = re.findall(r"[^\W\d_]+|\d", text.replace(" and ", " ")), 0, 0
     if words and all(word in VALUES for word in words):  # one hundred and five, three dozen
         for value in map(VALUES.get, words):
-            part = (part or 1) * value if value in SCALES.values() or value < 1 else part + value
+            part = (part or 1) * value if value in SCALES.values() else part + value
             total, part = (total + part, 0) if value >= 1000 else (total, part)
         return Fraction(total + part)
-    for pattern, instead in ((r"(?<=\d)(?:,|\{,\}|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
-                             ("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
-                             (r"\\frac ?(\{[^{}]*\}|\d) ?(\{[^{}]*\}|\d)", r" \1/\2"), ("⁄", "/"),
-                             (r" ?(?:\\times|\\cdot|[×·*]) ?10 ?\^ ?", "e"), (r"[\\{}]", "")):
-        text = re.sub(pattern, instead, text)
-    match = NUMERAL.fullmatch(text.strip())
-    if not match or match[4] and not int(match[4]):
+    text = re.sub(TIMES_TEN_TO, "e", re.sub(COMMA, "", text))
+    text = re.sub(r"\\frac ?(\{[^{}]*\}|\d) ?(\{[^{}]*\}|\d)", r" \1/\2", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
+    text = re.sub(r"[\\{}]", "", text).replace("⁄", "/").strip()
+    number = re.fullmatch(r"([-+]?) *(?:(\d+) +(?=\d+/))?([\d.]+(?:/\d+|e-?\d{1,3})?)%?", text)
+    try:
+        value = int(number[2] or 0) + Fraction(number[3])
+    except (TypeError, ValueError, ZeroDivisionError):  # no match, 1.2.3, 1/0
         return None
-    sign, whole, value, below, power = match.groups()
-    value = int(whole or 0) + Fraction(value) / int(below or 1) * Fraction(10) ** int(power or 0)
-    return -value if sign == "-" else value
+    return -value if number[1] == "-" else value
 
 def same_answer(given: str, truth: str, domain: str) -> bool:
     """Numbers compare by value (1,234 is 1234, \\frac14 is 0.25), all else as normalised text."""
@@ -199,84 +194,54 @@ def reward(completion: str, ground_truth: str, domain: str) -> float:
 # Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1" is
 # consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
 # twice. Every repeat is bounded, or ends where the next begins: no text can make the search slow.
-
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
 Ids = list[int]  # token ids
 MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
-LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
+LATIN, LOWER = "A-Za-zÀ-ÖØ-öø-ɏ", "a-zß-öø-ÿ"
 START, END = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # of a word; \b would see digits, too
 HAN = "〇零一二两三四五六七八九十百千万亿"
-LABEL = ("(?i:step|case|part|lemma|theorem|corollary|proposition|claim|fact|stage|phase|equation|"
-        "eqn?|formula|figure|fig|table|section|chapter|problem|question|example|property|condition|"
-        "remark|definition|thm|prop|subcase|method|solution)")
-ID = (r"\(?(?:(?:[A-Z]\.)?\d{1,3}(?:\.\d{1,3})*(?:[a-d]|\([a-z]\))?|[IVX]{1,4}|[A-Za-z]|"
-      rf"(?i:{'|'.join(SMALL[1:11])}))\)?(?!\w|[.,]\d)")  # 2, 4.2, (3), 2a, II, B or two
-KEEP_WORDS = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
-    "Cases 1, 2 and 3": rf"{LABEL}s[ ~]{ID}(?:,? ?(?:and|or|to|through|&|[-–])? ?{ID}){{0,9}}",
-    "Step 1": r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
-              rf"{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}(?:(?i:no\.?|number) )?{ID}"
-              r"(?!\(| ?(?:[=^+<>%×·°/]|\*(?!\*)|(?<! )[-−]\d|\\(?:times|cdot|%)))",
-    "from (1)": r"(?i:from|in|into|and|with|via|see|of|both|eq\.?|(?<!ly )(?<!lied )(?<!ide )"
-                r"(?<!ided )by|(?:us|add|subtract|combin|substitut|insert)ing) \(\d{1,2}[a-c']?\)",
-    "the two roots": rf"(?i:the|these|those) (?:two|three|four|five|six){END}"
-                     rf"(?= (?:(?!{'|'.join(SCALES)})[a-z]{{2}}|\[))",
-    "one can": rf"(?i:one(?= (?:can|could|may|might|must|should|would|has|by|of){END}))",
-    "no two": rf"(?i:no (?:one|two){END})",
-    "the worst case": r"(?i:\w{2,9}st|base|th[aei]\w{0,3}|each|every|any|one|both|all|next) "
-                      rf"(?:case|step|part)s?{END}"}
-KEEP_SIGNS = {  # but the limits of an integral are values
+LABEL = ("(?i:step|(?:sub)?case|part|stage|phase|lemma|theorem|thm|corollary|prop(?:osition|erty)?|"
+         "claim|fact|remark|definition|condition|method|solution|problem|question|example|formula|"
+         "chapter|section|table|fig(?:ure)?|eqn?|equation)")
+NUMERAL = rf"\d{{1,3}}(?:\.\d{{1,3}})*(?:[a-d]|\([a-z]\))?|(?i:{'|'.join(SMALL[1:11])})"
+ID = rf"\(?(?:(?:[A-Z]\.)?{NUMERAL}|[IVX]{{1,4}}|[A-Za-z])\)?(?![\w(]|[.,]\d| ?[=^+<>%×·/])"
+NO_COUNT = r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
+KEEP = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
+    "1. Let": r"^[ \t>]*(?:[-*+] |#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\))"
+              r"(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d[\d.]{0,4}(?= [A-Z])",
+    "Cases 1, 2 and 3": rf"{START}{LABEL}s[ ~]{ID}(?:,? ?(?:and|or|to|[-–])? ?{ID}){{0,9}}",
+    "Step 1": rf"{START}{NO_COUNT}{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}{ID}",
+    "worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every) (?:case|step|part){END}",
+    "from (1)": rf"{START}(?i:from|in|into|and|with|by|via|see|of|both|\w{{2,9}}ing) \(\d{{1,2}}\)",
+    "the two roots": rf"{START}(?i:the|these|those|no) (?:two|three|four|five|six)(?= [a-z\[])",
+    "one can": rf"{START}[Oo]ne(?= (?:can|could|may|might|must|should|would|has|by|of){END})",
     "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
            r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
     "P2": r"(?<![\w\\])[A-Za-z]\d{1,2}(?!\w|[.,]\d)",
     "cm^2": r"(?<![\w\\])[kcdm]?m(?:[²³]|\^\{?[23]\}?)(?!\w|[.,]\d)",
-    "\\tag{1}": r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}",
-    "x + y = z (1)": r"\((?<=\s\()\d{1,2}\)(?=[.,;]?[ \t]{0,3}\r?$)",
-    "<h1>": r"</?[A-Za-z]\w{0,20}/?>",
+    r"\tag{1}": r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}",
     "第三步": rf"第[\d{HAN}]{{1,3}}|(?:步骤|情况|情形|引理|定理|ステップ)[ (（]?[\d{HAN}]{{1,3}}"}
-NUMBERING = (  # 1. or 2) or (3) or **4.** or "## 5 Title"; but "#### 6" is an answer
-    r"^[ \t>]*(?:[-*+] )?(?:#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\)|\[\d+\]|"
-    r"\(?[IVXivx]{1,4}[.)])(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d{1,2}(?:\.\d{1,2})*(?= [A-Z])")
 
 SIGN = r"(?:(?<![\w)\]}!'])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # else an operator: 7 - 6, n(n-3)
-DIGITS = (r"(?:\d+(?:(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])\d{3}(?!\d))*(?:\.\d+)?|"
-          r"(?<![\w.])\.\d+)(?::\d\d){0,2}(?: ?[ap]\.?m\b\.?)?")  # 42, 15{,}600, 3.25, .5, 7:45 pm
-FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d)| ?[¼-¾⅐-\u2188]"
-POWER = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?(?:\^ ?\{?[-−+]?\d+\}?|[⁺⁻⁰¹²³⁴-⁹]+)|[eE][-+]?\d+(?!\w)"
+DIGITS = rf"(?:\d+(?:{COMMA}\d{{3}})*(?:\.\d+)?|(?<![\w.])\.\d+)"  # 42, 15{,}600, 3.25, .5
+FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d)|[¼-¾⅐-\u2188]"
+POWER = rf"{TIMES_TEN_TO}\{{?[-−+]?\d+\}}?| ?[×x] ?10[⁺⁻⁰¹²³⁴-⁹]+|[eE][-+]?\d+(?!\w)"
 FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC}|{POWER})?|{FRAC})"
            rf"(?: ?\\?%|(?:st|nd|rd|th){END}|[ -](?:{'|'.join(SCALES)}){END})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
-WORD = (rf"(?:(?:{'|'.join(SMALL[:10:-1] + SMALL[10:1:-1] + [*SCALES])}|zero)(?:th|s|ths)?|one|"
-        r"first|second|thirds?|(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|half|halves|quarters?)")
-SPELLED = (rf"(?i:(?:an? (?=hundred|thousand|million|dozen|half|quarter|third)|negative )?{WORD}"
-           rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*){END}")  # forty-two
-SELDOM = re.compile(r"(?i)one|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
-ROMAN = (r"(?=[IVXL]{2}|[IVXLCDM]{4})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})"
-         rf"(?:I[XV]|V?I{{0,3}}){END}")
-COUNTED = rf"[{HAN}]{{2,}}|[二两三四五六七八九十](?=[个只本元岁人天年月日次倍米张条种])"
-KEPT_WORDS, KEPT_SIGNS = ("|".join(kept.values()) for kept in (KEEP_WORDS, KEEP_SIGNS))
+WORD = (rf"(?:(?:{'|'.join(sorted(VALUES, key=len)[::-1])})(?:th|s|ths)?|first|second|thirds?|"
+        r"(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|halves|quarters?)")
+SPELLED = rf"(?i:{WORD}(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*{END})"
+SELDOM = re.compile(r"(?i)ones?|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
+ROMAN = rf"(?:[IVXL]{{2,9}}|[IVXLCDM]{{4,15}}){END}"
 MATH = re.compile(
-    rf"{NUMBERING}|\n|[ \t\r=:;,!?&|$*/\"')\]]+|{START}(?=[A-Za-z]{{2}})(?:{KEPT_WORDS})|"
-    rf"{KEPT_SIGNS}|{MASK}|"
+    rf"{'|'.join(KEEP.values())}|{MASK}|"
     rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
-    rf"(?P<number>(?![A-Za-z\s(#\[{{]){FIGURES}|{START}(?=[A-Za-z]{{2}})(?:{SPELLED}|{ROMAN})|"
-    rf"{COUNTED})|[{LATIN}]+|[ \t(){{}}]", re.MULTILINE)
-
-def math_spans(trace: str, answer: str) -> list[Span]:
-    """Numbers, and what is boxed."""
-    spans = []
-    for match in MATH.finditer(trace):
-        number, box = match["number"], match["box"]
-        if number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
-            spans.append((*match.span(), "[NUMBER]"))
-        elif box:
-            mask = "[ANSWER]" if number_value(box) is None else "[NUMBER]"
-            spans.append((*match.span("box"), mask))
-    return spans
+    rf"(?P<number>{FIGURES}|{START}(?:{SPELLED}|{ROMAN})|[{HAN}]{{2,}})|[{LATIN}]+", re.MULTILINE)
 
 # How else the signs of an answer may be written, and what may stand between them.
 SPELLINGS = {"-": "[-−–]", "*": r"(?:\\cdot|\\times|\*)?", "/": r"(?:/|\}\s?\{)?",
-             "^": r"(?:\^|\*\*)?", "\\infty": r"(?:\\infty|∞)",
-             "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
-             "\\sqrt": r"(?:\\sqrt|√)", "\\le": r"(?:\\leq?|≤|<=)", "\\ge": r"(?:\\geq?|≥|>=)"}
+             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
+             "\\sqrt": r"(?:\\sqrt|√)", "\\infty": r"(?:\\infty|∞)"}
 NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
 
 def answer_spans(trace: str, answer: str) -> list[Span]:
@@ -290,158 +255,130 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
     pattern = NOISE.join(SPELLINGS.get(token, re.escape(token)) for token in tokens)
     left = r"(?<![\d.])" if pattern[0].isdigit() else START if pattern[0].isalpha() else ""
     right = r"(?!\d)" if pattern[-1].isdigit() else END if pattern[-1].isalpha() else ""
-    find = rf"(?:\\[dt]?frac\s?)?[\[({{]{{0,3}}{left}({pattern})s?{right}[\])}}]{{0,3}}"
+    find = rf"{left}((?i:{pattern}))s?{right}"
     if re.fullmatch("[a-z]|yes|no|true|false", pattern):
-        cased = re.search(r"\b[A-Z]\b", answer)
-        pattern = f"(?-i:{cased[0]})" if cased else pattern
-        find = (rf"(?:####|{START}(?:answer|choice|option|is|so|thus|hence|therefore))(?: is)?"
-                rf"[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
-                rf"(?=[^\w\s'’-]|\s*$| because| since)|\(({pattern}{{1}})\)")
+        pattern = "".join(re.findall(r"\b[A-Z]\b", answer)) or f"(?i:{pattern})"
+        find = (rf"(?:####|<answer>|{START}(?i:answer|choice|option|is|so|thus|hence|therefore))"
+                rf"(?: is)?[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
+                rf"(?=[^\w\s'’\[-]|\s*$| because| since)|\(({pattern}{{1}})\)")
     return [(*match.span(match.lastindex), "[ANSWER]")
-            for match in re.finditer(rf"(?im){MASK}|{find}", trace) if match.lastindex]
+            for match in re.finditer(rf"(?m){MASK}|{find}", trace) if match.lastindex]
 
-# Code: a block, by how it opens; lines that are statements; inline code that computes.
-KEYS = r"\\{0,3}\"(?:code|source(?:_code)?|script|program|python|cmd|command|input|old|new)"
-CODE = re.compile(
-    r"^(?P<quoted>(?:[ \t]*>)+)?[ \t]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
-    r".*(?:\n|\Z)([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?(?:\n|\Z)|(?(quoted)^(?![ \t]*>)|\Z)"
-    r"|\Z)|"
+def math_spans(trace: str, answer: str) -> list[Span]:
+    """Numbers, what is boxed, and the answer."""
+    spans = answer_spans(trace, answer)
+    for match in MATH.finditer(trace):
+        number, box = match["number"], match["box"]
+        if box or number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
+            mask = "[NUMBER]" if number or number_value(box) is not None else "[ANSWER]"
+            spans.append((*match.span(match.lastgroup), mask))
+    return spans
+
+# Code: blocks, by how they open; elsewhere lines that are statements, inline code that computes.
+BLOCK = re.compile(
+    r"^(?P<quoted>[ \t]*>)?[ \t>]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*(?:\n|\Z)"
+    r"([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|(?(quoted)^(?![ \t]*>)|\Z)|\Z)|"
     r"<(?P<tag>pre|code)\b[^>\n]{0,99}>([\s\S]*?)(?:</(?P=tag)>|\Z)|"
-    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\*?\}(?:\[[^]\n]{0,99}\])?(?:\{\w{0,20}\})?"
-    r"([\s\S]*?)(?:\\end\{(?P=tex)|\Z)|"
-    rf"(?={KEYS})(?P<end>\\{{0,3}}\")\w+(?P=end)\s{{0,3}}:\s{{0,3}}(?P=end)([\s\S]*?)"
-    r"(?:(?<!\\)(?P=end)|\Z)|"
-    rf"(?P<line>(?:(?!<(?:pre|code)\b|\\begin\{{|{KEYS})[^\n])+\n?|[^\n]|\n)", re.MULTILINE)
+    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\}.{0,99}\n([\s\S]*?)(?:\\end\{(?P=tex)\}|\Z)|"
+    r"(?P<quote>\\{0,3}\")(?:code|source|script|program|python|command|input|old|new)(?P=quote)"
+    r"\s{0,3}:\s{0,3}(?P=quote)([\s\S]*?)(?:(?<!\\)(?P=quote)|\Z)", re.MULTILINE)
 INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
-NO_CODE = re.compile(rf"{MASK}|^(?:[A-Za-z]{{2,}}(?:-[A-Za-z]{{2,}})+|"  # left-to-right, O(n log n)
-                     r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*)\Z", re.DOTALL)
-PLAIN = (ast.Expr, ast.Name, ast.Constant, ast.Attribute, ast.Subscript, ast.Tuple, ast.List,
-         ast.Dict, ast.UnaryOp, ast.USub, ast.expr_context, ast.Pass, ast.Starred)
-PROSE = re.compile(rf"(?!(?:{'|'.join(keyword.kwlist)}|print)\b)"
-                   r"[A-Za-z][\w'’]*,? [\w'’-]+,? [\w'’-]+\b(?! ?[=(\[.:]\w)")
-OPERATOR = re.compile(
-    r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)|;$|^#include|^@\w")
-SESSION = re.compile(r"\s*(?:>>> ?|\.\.\. |In ?\[\d+\]:|\$ \w)")
-GOES_ON = re.compile(r"[ \t]|(?:else|elif|except|finally|catch)\b.*[:{]$|[)\]}]+[;,]?$|\}.*\{$|#")
+NO_CODE = re.compile(rf"{MASK}|^(?:[a-z]{{2,}}(?:-[a-z]{{2,}})+\Z|[A-Z]\w+ \(|"
+                     r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*\Z)")  # left-to-right, O(n)
+COMPUTES = ast.Call, ast.Slice, ast.Lambda, ast.comprehension, ast.operator, ast.cmpop, ast.boolop
+NO_STATEMENT = ast.AnnAssign, ast.Pass, ast.Break, ast.Continue  # words, and `Time: quadratic`
+OPERATOR = re.compile(r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)")
+PROSE = re.compile(  # "Time: ..." or three words, but not `long long gcd(`
+    r"\*\*|[A-Z]\w+: |(?:[-*+] |#+ |\d+[.)] )?[A-Za-z][\w'’]*(?:,? [\w'’-]+){2}\b(?! ?[=(\[.:]\w)")
 
-@lru_cache(10_000)
 def is_code(text: str, inline: bool) -> bool:
     """Inline: does it compute, as `a[i] + 1` and `x = 2` do, but `x` and `O(n)` do not? A line
-    outside of any block: is it a statement, and no prose?"""
-    if NO_CODE.search(text) or len(text) > 300 or not inline and PROSE.match(text):
+    outside of any block: is it a statement?"""
+    if NO_CODE.search(text) or len(text) > 300:
         return False
+    if text.startswith((">>>", "In [", "@", "#include")):
+        return True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a trace may well hold "\d"
-            body = ast.parse(text + " pass" if text.endswith(":") else text).body
+        lines = ast.parse(text.replace("\\", "") + " pass" * text.endswith(":")).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language, or a part
-        text = re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)
-        looks = inline or text[-1:] in tuple("([{;") or text[:1] == "@"
-        return looks and bool(OPERATOR.search(text))
-    if inline or not body:
-        return any(not isinstance(node, PLAIN) for line in body for node in ast.walk(line))
-    if isinstance(body[0], ast.Expr):
-        return isinstance(body[0].value, ast.Call) and not re.match(r"\w+ \(", text)
-    return not isinstance(body[0], ast.AnnAssign) and bool(re.search(r"[=(\[:]|import ", text))
+        looks = inline or text.endswith(("(", "[", "{", ";")) and not PROSE.match(text)
+        return looks and bool(OPERATOR.search(re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)))
+    if not lines or not isinstance(lines[0], ast.Expr):
+        return bool(lines) and not isinstance(lines[0], NO_STATEMENT)
+    nodes = ast.walk(lines[0]) if inline else [lines[0].value]
+    return any(isinstance(node, COMPUTES) for node in nodes)
 
 def code_spans(trace: str, answer: str) -> list[Span]:
-    """What a block holds, without its fence; runs of lines that are code; inline code."""
-    found, spans, run, session, blank = [], [], False, False, True
-    for match in CODE.finditer(trace):
-        text, line, code = match[0], match[0].strip(), False
-        if match.lastgroup != "line":
-            found.append(match.span(match.lastindex))
-        elif line:
-            prose = PROSE.match(line)
-            session = SESSION.match(text) or session and not prose  # and its output
-            goes_on = run and GOES_ON.match(text) or blank and text.startswith(("    ", "\t"))
-            code = bool(session or is_code(line, False) or goes_on and not (blank and prose))
-            if code:
-                found.append((found.pop()[0] if run else match.start(), match.end()))
-            found += [inline.span(2) for inline in INLINE.finditer(trace, *match.span())
-                      if not code and is_code(inline[2].strip(), True)]
-        else:
-            blank, session = True, False
+    """What a block holds, without its fence; lines that are code; inline code."""
+    found = [match.span(match.lastindex) for match in BLOCK.finditer(trace)]
+    rest = BLOCK.sub(lambda match: re.sub(r"[^\n]", "\0", match[0]), trace)
+    spans, run, blank = [], False, True
+    for match in re.finditer(r"(?m)^\0*(.*)$", rest):
+        line = match[1].strip("\0 \t\r")
+        if not line:
+            blank = True
             continue
-        run, blank = code, False
+        indented, prose = match[0].startswith(("    ", "\t")), PROSE.match(line)
+        goes_on = indented and not prose if blank else run and (indented or not prose)
+        run, blank = (goes_on or is_code(line, False)) and not re.search(MASK, line), False
+        found += [match.span(1)] if run else [
+            inline.span(2) for inline in INLINE.finditer(rest, *match.span())
+            if is_code(inline[2].strip(), True)]
     for start, end in found:
-        start += len(re.match(r"(?:\s|>(?!>))*", trace[start:end])[0])  # indentation stays
-        if start < end and not re.fullmatch(MASK, code := trace[start:end].rstrip()):
-            spans.append((start, start + len(code), "[CODE]"))
+        end = start + len(trace[start:end].rstrip())
+        code = trace[start:end].lstrip("> \t\r\n")  # indentation and prompts stay
+        if code and not re.fullmatch(MASK, code):
+            spans.append((end - len(code), end, "[CODE]"))
     return spans
 
 # Search: a name begins with a capital, or is in another script; but a sentence does, too.
-ORDINARY = """a an the i we you he she it they this that these those there here my our his her its
-their who whom whose which what when where why how is are was were be do does did has have had can
-could would if so no not yes and or but nor for in on at by to of from with as than since because
-although though while after before during until once also again however therefore thus hence
-finally first second third next then now last later meanwhile still only just both either neither
-each all any some many most another other according based given considering using find search look
-check compare identify determine verify confirm get let see note recall consider director author
-capital founder birthplace population date year title doc document source passage result question
-query answer step""".split()
-LOWER = "".join(c for c in map(chr, range(0x250)) if c.islower())
+ORDINARY = """a an the i we he she it they this that these there my our his her its their who which
+what when where how is are was were do does did has if so no not yes and or but for in on at by to
+of from with as than since because although while after before both also however therefore thus
+hence finally first then next now later meanwhile find search identify compare title step""".split()
 LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
-CAP = (  # O'Neil, Łódź
-    rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
-    rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")
+CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
+       rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")  # O'Neil
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
 NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
 ENTITY = re.compile(
-    rf"</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
-    rf"{START}(?i:step|doc|document|passage|result|source|hop|question|query) ?\#?\d+|(?P<number>"
-    rf"[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?(?: (?:{'|'.join(SCALES)}){END})?|"
-    rf"{START}(?=[A-Za-z]{{2}}){SPELLED})|(?P<name>{NAME})|[{LATIN}]+", re.MULTILINE)
-QUERY = re.compile(r"<(?:search|query|tool_call)>([^<]*)|\"query\"\s?:\s?\"([^\"\n]*)")
+    rf"(?m)</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
+    rf"{START}(?i:step|hop|doc(?:ument)?|passage|source|result|thought|action|observation) ?\#?\d+|"
+    rf"(?P<number>[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?"
+    rf"(?: (?:{'|'.join(SCALES)}){END})?|{START}{SPELLED})|(?P<name>{NAME})|[{LATIN}]+")
+QUERY = re.compile(r"<(?:search|query|tool_call)>([^<\n]+)|\"query\"\s?:\s?\"([^\"\n]+)")
 OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
-WORDS = re.compile(rf"{MASK}|{LETTER}+")
+WORDS = re.compile(f"{LETTER}+")
+FEW = re.compile(f"{SELDOM.pattern}|{'|'.join(SMALL[:13])}")  # two films: seldom what is asked for
 VERB = re.compile(rf"['’]s?{END}| (?:is|was|has|had|became|won|wrote|died|are|were){END}")
 
-@lru_cache(10_000)
-def key(word: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKD", word.casefold()) if c.isalnum())
-
 def search_spans(trace: str, answer: str) -> list[Span]:
-    """What <answer> holds; names, dates and quantities; and these again by an alias."""
-    given = re.finditer(r"<answer>\s*([^<]*[^<\s])", trace)
-    given = [match for match in given if not re.search(MASK, match[1])]
-    spans = [(*m.span(1), "[ANSWER]" if m[1].islower() else "[ENTITY]") for m in given]
-    names = re.findall(CAP, " ".join([answer, *(match[1] for match in given)]))
-    unsure = []
+    """The answer, names, dates and quantities; and the names again by an alias."""
+    spans, names, unsure = answer_spans(trace, answer), [answer], []
     for match in ENTITY.finditer(trace):
         (start, end), number, name = match.span(), match["number"], match["name"]
-        if number and (number in SMALL[:13] or SELDOM.fullmatch(number)):
-            number = same_answer(number, answer, "math")  # two films: seldom what is asked for
-        elif name and name.isalpha() and not name[1:].isupper() and (
+        if name and name.isalpha() and not name[1:].isupper() and (
                 OPENS.search(trace, max(0, start - 9), start) and not VERB.match(trace, end)):
             unsure.append(match)  # one word that opens a sentence: a name if it is known as one
-            continue
-        if number or name:
+        elif name or number and (not FEW.fullmatch(number) or same_answer(number, answer, "math")):
             spans.append((start, end, "[ENTITY]"))
-        if name:
-            names.append(name)
-    words = [re.findall(f"{LETTER}+", name) for name in set(names)]
-    known = {key(word) for name in words for word in name}
-    known |= {key("".join(word[0] for word in name)) for name in words}  # UNESCO
-    known = {word for word in known if len(word) > 1 and word not in ORDINARY}
-    prose = set(re.findall(rf"{START}[{LOWER}]+{END}", QUERY.sub("", trace)))
-    asked = [word for query in QUERY.finditer(trace) if query.lastindex  # in lower case, perhaps
-             for word in WORDS.finditer(trace, *query.span(query.lastindex))
-             if word[0] not in prose]
-    return spans + [(*m.span(), "[ENTITY]") for m in unsure + asked if key(m[0]) in known]
+            names.append(name or "")
+    words = [WORDS.findall(name) for name in set(names)]
+    known = {word.casefold() for name in words for word in name}
+    known |= {"".join(word[0] for word in name).casefold() for name in words}  # UNESCO
+    known -= {*ORDINARY, *re.findall(rf"{START}[{LOWER}]+{END}", QUERY.sub("", trace))}
+    for query in QUERY.finditer(trace):  # in lower case, perhaps
+        unsure += WORDS.finditer(trace, *query.span(query.lastindex))
+    return spans + [(*m.span(), "[ENTITY]") for m in unsure if m[0].casefold() in known]
 
 DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     """The reward-relevant spans, left to right. Without the `answer`, what the trace states."""
-    if not answer and (domain == "search" or not re.search(r"\w\s+\w", stated(trace))):
-        answer = stated(trace)  # several words in math are prose: "the answer is found by ..."
-    found, spans = DOMAINS[domain](trace, answer), []
-    if domain != "code":  # whose answer, the tests, is never in the trace
-        found += answer_spans(trace, answer)
-    for start, end, mask in sorted(found):
-        joint = spans and domain == "search" and trace[spans[-1][1] : start] == " "  # 9 March 1742
-        if joint or spans and start < spans[-1][1]:  # spans that overlap are one
+    spans = []
+    for start, end, mask in sorted(DOMAINS[domain](trace, answer or stated(trace))):
+        gap = trace[spans[-1][1] : start] if spans else "-"
+        if domain == "search" and gap == " " or domain == "code" and gap.isspace() or not gap:
             start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
         spans.append((start, end, mask))
     return spans
@@ -470,10 +407,10 @@ def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | No
     return "".join(parts) + trace[at:]
 
 def leaks(masked: str, answer: str, domain: str) -> bool:
-    """Can the verifier's target still be read off the masked text?"""
-    visible = {masked[start:end] for start, end, _ in DOMAINS[domain](masked, answer)}
-    return bool(visible) if domain == "code" else bool(answer_spans(masked, answer)) or any(
-        same_answer(text, answer, domain) for text in visible)
+    """Can the verifier's target, for code the code, still be read off the masked text?"""
+    visible = {(masked[start:end], mask) for start, end, mask in DOMAINS[domain](masked, answer)}
+    return any(mask in ("[ANSWER]", "[CODE]") or same_answer(text, answer, domain)
+               for text, mask in visible)
 
 def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
