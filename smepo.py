@@ -33,6 +33,7 @@ import signal
 import sys
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -285,6 +286,7 @@ BLOCK = re.compile(
 INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
 NO_CODE = re.compile(rf"{MASK}|^(?:[a-z]{{2,}}(?:-[a-z]{{2,}})+\Z|[A-Z]\w+ \(|"
                      r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*\Z)")  # left-to-right, O(n)
+warnings.filterwarnings("ignore", category=SyntaxWarning)  # a trace may well hold "\\d"
 COMPUTES = ast.Call, ast.Slice, ast.Lambda, ast.comprehension, ast.operator, ast.cmpop, ast.boolop
 NO_STATEMENT = ast.AnnAssign, ast.Pass, ast.Break, ast.Continue  # words, and `Time: quadratic`
 OPERATOR = re.compile(r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)")

@@ -1714,9 +1714,9 @@ def test_the_trl_script_of_the_readme_trains_in_two_processes(tmp_path):
     script = trl_script(tmp_path)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
                                 "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                          "--master_port", "0", script.name], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node", "2", script.name], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     logs = re.findall(r"'reward': '([\d.]+)'", run.stdout)
     assert len(logs) == 10 and sum(map(float, logs)) > 0
