@@ -105,7 +105,8 @@ def make_group(base, rewards, completions=None) -> Group:
     ]
     p = problem(base)
     texts = base[1].batch_decode(completions)
-    return Group(p, True, p.guided_ids, completions, texts, [True] * len(rewards), rewards)
+    marks = [[1] * len(ids) for ids in completions]
+    return Group(p, True, p.guided_ids, completions, marks, texts, [True] * len(rewards), rewards)
 
 
 def tiny_llama(vocabulary=23, **changes):
@@ -620,7 +621,8 @@ def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(ba
     def rollout(model, tokenizer, problems, guided, group_size, config):
         passes.append((len(problems), guided))
         return [
-            Group(p, g, [], [[2]], [""], [True], [1.0, 0.0] if int(p.answer) % 2 else [0.0, 0.0])
+            Group(p, g, [], [[2]], [[1]], [""], [True],
+                  [1.0, 0.0] if int(p.answer) % 2 else [0.0, 0.0])
             for p, g in zip(problems, guided, strict=True)
         ]
 
@@ -944,10 +946,11 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
     p = problem(base)
     leaky = dataclasses.replace(p, leaky=True)
     groups = [
-        Group(p, True, [], [[1] * 2] * 4, [""] * 4, [True] * 4, [0.0] * 4),
-        Group(leaky, True, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [1.0] * 4),
-        Group(p, False, [], [[1] * 6] * 4, [""] * 4, [True, False] * 2, [1.0, 0.0] * 2),
-        Group(p, False, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+        Group(p, True, [], [], [[1] * 2] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+        Group(leaky, True, [], [], [[1] * 4] * 4, [""] * 4, [True] * 4, [1.0] * 4),
+        Group(p, False, [], [], [[1, 1, 0, 1, 1, 1, 1]] * 4, [""] * 4, [True, False] * 2,
+              [1.0, 0.0] * 2),  # seven tokens, of which six were sampled
+        Group(p, False, [], [], [[1] * 4] * 4, [""] * 4, [True] * 4, [0.0] * 4),
     ]
     monkeypatch.setattr(smepo, "collect_rollouts", lambda *_: (groups, 24))
     monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
@@ -981,7 +984,7 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
 
     def rollout(model, tokenizer, problems, guided, group_size, config):
         assert guided == [False] * 4 and group_size == 2
-        return [Group(x, False, [], [], [], [], next(results)) for x in problems]
+        return [Group(x, False, [], [], [], [], [], next(results)) for x in problems]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     table = smepo.evaluate(None, None, [p, p, q, q], settings(eval_samples=2))
