@@ -77,9 +77,10 @@ PIECES = [r"Wh\w+ is the ", "the ", "[a-z]+ of ", r"\n<information>", r"</inform
 
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else a hop is overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
-    ("semantic", None): 0.28, ("full", None): 0.17, ("random", None): 0.05, ("prefix", None): 0.05,
+    ("none", 1): 0.05, ("none", 2): 0.12, ("none", 3): 0.12, ("none", 4): 0.06, ("none", 5): 0.05,
+    ("semantic", None): 0.25, ("full", None): 0.25, ("random", None): 0.05, ("prefix", None): 0.05,
 }  # fmt: skip
+GUIDE_ERROR_RATE = 0.5  # of a wrong guide: else what it shows is mostly what one is told anyway
 
 Problem = tuple[str, list[str]]  # the entity to start from, and the relations to follow, in order
 
@@ -119,15 +120,19 @@ def question_of(problem: Problem) -> str:
 
 
 def draw_problem(rng: random.Random, k: int) -> Problem:
-    """k hops from any entity, none of them twice in a row, and none straight back."""
-    entity, relations = rng.choice(list(KIND)), []
-    kind = KIND[entity]
-    while len(relations) < k:
-        relation = rng.choice(list(RELATIONS[kind]))
-        if (relations[-1:], relation) not in ((["capital"], "country"), ([relation], relation)):
-            relations.append(relation)
-            kind = RELATIONS[kind][relation]
-    return entity, relations
+    """k different hops from any entity, never straight back from a capital to its country."""
+    while True:
+        entity, relations = rng.choice(list(KIND)), []
+        kind = KIND[entity]
+        while len(relations) < k:
+            unused = [r for r in RELATIONS[kind] if r not in relations
+                      and (relations[-1:], r) != (["capital"], "country")]
+            if not unused:
+                break
+            relations.append(rng.choice(unused))
+            kind = RELATIONS[kind][relations[-1]]
+        else:
+            return entity, relations
 
 
 def expert(problem: Problem) -> tuple[str, str]:
@@ -137,10 +142,10 @@ def expert(problem: Problem) -> tuple[str, str]:
 # ---- What the base imitates ----------------------------------------------------------------------
 
 
-def careless(rng: random.Random, told: str) -> str:
-    """What was told, at ERROR_RATE another of its kind: a search for that finds something, too."""
+def careless(rng: random.Random, told: str, rate: float = toys.ERROR_RATE) -> str:
+    """What was told, or at `rate` another of its kind: a search for that finds something, too."""
     others = [name for name in ENTITIES[KIND[told]] if name != told]
-    return rng.choice(others) if rng.random() < toys.ERROR_RATE else told
+    return rng.choice(others) if rng.random() < rate else told
 
 
 def overlook(rng: random.Random, problem: Problem) -> Problem:
@@ -158,7 +163,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     question, (trace, _) = question_of(problem), solve(problem)
     spans = smepo.hidden_spans(trace, "search")
     if guide not in ("none", "semantic") and rng.random() < toys.WRONG_RATE:
-        trace, _ = solve(problem, lambda told: careless(rng, told))
+        trace, _ = solve(problem, lambda told: careless(rng, told, GUIDE_ERROR_RATE))
     seed, ratio = str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "search", prefix_ratio=ratio, seed=seed)
     if guide == "random":
