@@ -91,7 +91,7 @@ class Config:
     expert_coef: float = flag(0.0, "weight of masked_expert_loss; the paper has no such term")
     temperature: float = flag(1.0, "of sampling and scoring alike (paper: 0.8)")
     max_prompt_tokens: int = flag(256, "a longer prompt is refused, never cut")
-    max_new_tokens: int = flag(64, "a rollout without an end by then earns 0")
+    max_new_tokens: int = flag(64, "sampled; a rollout without an end by then earns 0")
     max_turns: int = flag(8, "searches that a rollout may make")
     knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "what a search finds: rows of "
                           "entity, relation and value")
@@ -620,9 +620,10 @@ def converse(model, tokenizer, prompts: list[Ids], group_size: int, config: Conf
         asked = {i: text for i, text in texts.items() if "</search>" in text}
         if not asked:
             break
-        for i, text in asked.items():  # appended as ids: those that were sampled stay as they were
-            told = tokenizer(look_up(text, config.knowledge), add_special_tokens=False)["input_ids"]
-            rows[i], marks[i] = rows[i] + told, marks[i] + [0] * len(told)
+        told = [look_up(text, config.knowledge) for text in asked.values()]
+        told = tokenizer(told, add_special_tokens=False)["input_ids"]
+        for i, ids in zip(asked, told, strict=True):  # the sampled ids stay as they were sampled
+            rows[i], marks[i] = rows[i] + ids, marks[i] + [0] * len(ids)
         contexts = [prompts[i // group_size] + rows[i] for i in asked]
         turn = dict(zip(asked, sample(model, tokenizer, contexts, 1, config), strict=True))
         for i, ids in turn.items():
