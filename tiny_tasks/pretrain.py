@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(TOYS), default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, help="else as many as the task's base took")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, then to 0")
     parser.add_argument("--seed", type=int, default=0)
@@ -154,8 +154,9 @@ def main() -> None:
     config = smepo.Config(task=arguments.task, device="cpu")
     out = arguments.out or HERE.parent / config.model
     if not arguments.calibrate:
-        settings = arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed
-        model, tokenizer = pretrain(toy, *settings)
+        steps = arguments.steps or toy.PRETRAIN_STEPS
+        settings = arguments.batch_size, arguments.learning_rate, arguments.seed
+        model, tokenizer = pretrain(toy, steps, *settings)
         new = out.with_name(out.name + ".new")
         for part in (model, tokenizer):
             part.save_pretrained(new)

@@ -75,6 +75,7 @@ WORDS = ["Who", "What", "is", "the", "of", "[ENTITY]", "[ANSWER]", *"</>?", *TAG
 PIECES = [r"Wh\w+ is the ", "the ", "[a-z]+ of ", r"\n<information>", r"</information>\n",
           r"</?[a-z]+>", r"\[[A-Z]+\]", "[A-Za-z]+", r"[^\s\w]", r"\s"]  # fmt: skip
 
+PRETRAIN_STEPS = 2400
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else a hop is overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.05, ("none", 2): 0.12, ("none", 3): 0.12, ("none", 4): 0.06, ("none", 5): 0.05,
