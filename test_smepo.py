@@ -1779,7 +1779,7 @@ def test_calibration_of_the_shipped_search_base(searcher):
 
     from tiny_tasks import searching
 
-    table = calibrate(searching, *searcher, searching_settings(), count=150)
+    table = calibrate(searching, *searcher, searching_settings(), count=300)
     assert 0.40 <= table["none", 2][0] <= 0.65
     assert table["none", 5][0] <= 0.06
     assert table["semantic", 5][0] >= 0.12
