@@ -34,9 +34,11 @@ import sys
 import time
 import unicodedata
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +101,10 @@ class Config:
     expert_coef: float = flag(0.0, "weight of masked_expert_loss; the paper has no such term")
     temperature: float = flag(1.0, "of sampling and scoring alike (paper: 0.8)")
     max_prompt_tokens: int = flag(256, "guides are shortened to it; longer questions are left out")
-    max_new_tokens: int = flag(64, "a rollout without an end by then earns 0")
+    max_new_tokens: int = flag(64, "sampled; a rollout without an end by then earns 0")
+    max_turns: int = flag(8, "searches that a rollout may make")
+    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "what a search finds: rows of "
+                          "entity, relation and value")
     eval_every: int = flag(20, "steps between points of the accuracy curve")
     eval_samples: int = flag(4, "samples a test problem")
     save_every: int = flag(10, "steps between checkpoints")
@@ -499,9 +504,10 @@ class Group:
     problem: Problem
     guided: bool
     prompt_ids: Ids
-    completions: list[Ids]  # sampled ids up to and including the first EOS
+    completions: list[Ids]  # up to and including the first EOS
+    sampled: list[Ids]  # of each of their tokens: 1 if the policy chose it, 0 if it was told
     texts: list[str]
-    ended: list[bool]  # with an EOS; the others were cut off at max_new_tokens
+    ended: list[bool]  # with an EOS; the others were cut off at max_new_tokens or max_turns
     rewards: list[float]
 
 def pad(rows: list[Ids], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
@@ -517,6 +523,8 @@ def assert_finite(value: float) -> None:
     if not math.isfinite(value):
         raise UserError("the model is not finite: this step is refused, lower --learning_rate")
 
+TOLD = re.compile(r"\n?<information>[^<]*</information>\n?")  # the environment's part of a dialogue
+
 def read_prompts(model, ids: Tensor, mask: Tensor):
     """Keys and values of N prompts, to be copied: a group shares its prompt, so read it once."""
     read = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True,
@@ -529,7 +537,8 @@ def until_eos(ids: Ids, eos_ids: Ids) -> Ids:  # the first was sampled, generate
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config) -> list[Ids]:
-    """`group_size` completions of each prompt: B lists of ids in, B*G lists out."""
+    """`group_size` completions of each prompt: B lists of ids in, B*G lists out. In search, one
+    also ends with its first </search>."""
     ids, mask = pad(prompts, tokenizer.pad_token_id, "left", model.device)  # (B, P)
     cache = read_prompts(model, ids[:, :-1], mask[:, :-1])  # generate reads the last token itself
     cache.batch_repeat_interleave(group_size)
@@ -538,9 +547,60 @@ def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config
         do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
         max_new_tokens=config.max_new_tokens, eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
-    rows = model.generate(ids, attention_mask=mask, past_key_values=cache,
+    asks = config.domain == "search"
+    stops = [partial(has_asked, tokenizer, ids.shape[1])] if asks else []
+    rows = model.generate(ids, attention_mask=mask, past_key_values=cache, stopping_criteria=stops,
                           generation_config=settings)[:, ids.shape[1] :]  # (B*G, T)
-    return [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
+    rows = [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
+    return [until_asked(row, tokenizer) for row in rows] if asks else rows
+
+def has_asked(tokenizer, start: int, ids: Tensor, scores, **_) -> Tensor:
+    """Which rows of generate now end in </search>: at most 9 tokens, one a letter. (N,)"""
+    texts = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - 9) :])
+    return torch.tensor(["</search>" in text for text in texts], device=ids.device)
+
+def until_asked(ids: Ids, tokenizer) -> Ids:  # whose last token may hold more than the tag's end
+    return ids[: bisect_left(range(len(ids) + 1), True,
+                             key=lambda t: "</search>" in tokenizer.decode(ids[:t]))]
+
+@lru_cache
+def load_knowledge(path: str) -> dict[str, str]:
+    """{"capital of norway": "Oslo"}"""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return {f"{r['relation']} of {r['entity']}".casefold(): str(r["value"]) for r in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no jsonl of entity, relation, value: {error!r}") from error
+
+def look_up(text: str, path: str) -> str:
+    """What the environment says to <search>capital of Norway</search>: nothing, if it is unclear
+    or unknown. This is the place for a real search engine."""
+    query = re.search(r"<search>([^<]*)</search>", text)
+    found = load_knowledge(path).get(" ".join(query[1].split()).casefold(), "") if query else ""
+    return "\n" * (not text.endswith("\n")) + f"<information>{found}</information>\n"
+
+def converse(model, tokenizer, prompts: list[Ids], group_size: int, config: Config):
+    """As `sample`, but in search each query is answered and its row goes on. Also the marks, 1 for
+    a sampled token: what the environment told is context, without loss, and counts in no length."""
+    rows = sample(model, tokenizer, prompts, group_size, config)
+    marks = [[1] * len(row) for row in rows]
+    turn = dict(enumerate(rows)) if config.domain == "search" else {}  # what each row just said
+    for _ in range(config.max_turns):
+        texts = {i: tokenizer.decode(ids) for i, ids in turn.items()
+                 if sum(marks[i]) < config.max_new_tokens}
+        asked = {i: text for i, text in texts.items() if "</search>" in text}
+        if not asked:
+            break
+        told = [look_up(text, config.knowledge) for text in asked.values()]
+        told = tokenizer(told, add_special_tokens=False)["input_ids"]
+        for i, ids in zip(asked, told, strict=True):  # the sampled ids stay as they were sampled
+            rows[i], marks[i] = rows[i] + ids, marks[i] + [0] * len(ids)
+        contexts = [prompts[i // group_size] + rows[i] for i in asked]
+        turn = dict(zip(asked, sample(model, tokenizer, contexts, 1, config), strict=True))
+        for i, ids in turn.items():
+            del ids[config.max_new_tokens - sum(marks[i]) :]
+            rows[i], marks[i] = rows[i] + ids, marks[i] + [1] * len(ids)
+    return rows, marks
 
 def rollout(model, tokenizer, problems, guided, group_size: int, config: Config) -> list[Group]:
     """One group a problem, `guided` or not each, at most `generate_batch` rows at a time."""
@@ -548,14 +608,15 @@ def rollout(model, tokenizer, problems, guided, group_size: int, config: Config)
     prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     for start in range(0, len(problems), per_call):
         part = slice(start, start + per_call)
-        rows = iter(sample(model, tokenizer, prompts[part], group_size, config))
+        talks = converse(model, tokenizer, prompts[part], group_size, config)
+        rows = iter(zip(*talks, strict=True))
         for problem, shown, prompt in zip(problems[part], guided[part], prompts[part], strict=True):
-            ids = [next(rows) for _ in range(group_size)]
+            ids, marks = zip(*[next(rows) for _ in range(group_size)], strict=True)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
             rewards = [reward(text, problem.answer, config.domain) if end else 0.0
                        for text, end in zip(texts, ended, strict=True)]
-            groups.append(Group(problem, shown, prompt, ids, texts, ended, rewards))
+            groups.append(Group(problem, shown, prompt, [*ids], [*marks], texts, ended, rewards))
     return groups
 
 def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):
@@ -626,8 +687,10 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
     """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO: it is
-    there to show what happens when the plan also enters the loss. Hidden spans carry none."""
+    there to show what happens when the plan also enters the loss. Hidden spans and what the
+    environment told carry none."""
     text, spans = problem.trace, hidden_spans(problem.trace, domain, problem.answer)
+    spans += [(*told.span(), "") for told in TOLD.finditer(text)]
     trace = tokenizer(text + tokenizer.eos_token, add_special_tokens=False,
                       return_offsets_mapping=True)
     visible = [all(b <= i or j <= a for i, j, _ in spans) for a, b in trace["offset_mapping"]]
@@ -640,15 +703,18 @@ def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> l
     as in all-wrong and all-right groups, has none, so such rows are not scored; but they count in
     the divisor, of which each part carries its `share`."""
     A = group_advantages([g.rewards for g in groups], config.group_size, config.advantage_scale)
-    rows = [(group.prompt_ids, ids) for group in groups for ids in group.completions]
+    rows = [(g.prompt_ids, *row) for g in groups
+            for row in zip(g.completions, g.sampled, strict=True)]
     useful = [(*row, a) for row, a in zip(rows, A.tolist(), strict=True) if a]
     useful.sort(key=lambda row: len(row[0]) + len(row[1]))  # equal lengths need no padding
-    parts, total = [], sum(len(ids) for _, ids in rows)
+    parts, total = [], sum(sum(marks) for _, _, marks in rows)
     for start in range(0, len(useful), config.micro_batch):
-        prompts, completions, a = zip(*useful[start : start + config.micro_batch], strict=True)
+        some = useful[start : start + config.micro_batch]
+        prompts, completions, marks, a = zip(*some, strict=True)
         prompt_ids, prompt_mask = pad(prompts, pad_id, "left", device)  # (N, P)
-        completion_ids, mask = pad(completions, pad_id, "right", device)  # (N, T)
-        inputs = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
+        completion_ids, seen = pad(completions, pad_id, "right", device)  # (N, T)
+        mask, _ = pad(marks, 0, "right", device)  # (N, T)
+        inputs = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, seen], 1)
         share = len(a) / len(rows) if config.aggregation == "sequence" else mask.sum() / total
         parts.append({"inputs": (*inputs, mask.shape[1], config.temperature), "mask": mask,
                       "A": torch.tensor(a, device=device), "share": share})
@@ -824,7 +890,7 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
     end = time.perf_counter()
     rewards = torch.tensor([group.rewards for group in groups])  # (B, G)
     equal, first = rewards.amax(1) == rewards.amin(1), rewards[:, 0]  # (B,)
-    lengths = [len(ids) for group in groups for ids in group.completions]
+    lengths = [sum(marks) for group in groups for marks in group.sampled]
     length, shown = sum(lengths) / len(lengths), [g.problem for g in groups if g.guided]
     return groups, {
         "step": step, "reward": rewards.mean().item(), "completion_length": length,
@@ -846,6 +912,8 @@ def on_ctrl_c(*_):
 def prepare(start: Path | str, config: Config):
     """Model, tokenizer, optimizer, the problems to train on and the held-out ones."""
     torch.set_num_threads(config.threads)
+    if config.domain == "search":
+        load_knowledge(config.knowledge)  # refuse a broken file before the run begins
     model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config)

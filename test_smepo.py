@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +117,8 @@ def make_group(base, rewards, completions=None) -> Group:
     ]
     p = problem(base)
     texts = base[1].batch_decode(completions)
-    return Group(p, True, p.guided_ids, completions, texts, [True] * len(rewards), rewards)
+    marks = [[1] * len(ids) for ids in completions]
+    return Group(p, True, p.guided_ids, completions, marks, texts, [True] * len(rewards), rewards)
 
 
 def tiny_llama(vocabulary=23, **changes):
@@ -630,7 +632,8 @@ def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(ba
     def rollout(model, tokenizer, problems, guided, group_size, config):
         passes.append((len(problems), guided))
         return [
-            Group(p, g, [], [[2]], [""], [True], [1.0, 0.0] if int(p.answer) % 2 else [0.0, 0.0])
+            Group(p, g, [], [[2]], [[1]], [""], [True],
+                  [1.0, 0.0] if int(p.answer) % 2 else [0.0, 0.0])
             for p, g in zip(problems, guided, strict=True)
         ]
 
@@ -955,10 +958,11 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
     p = problem(base)
     leaky = dataclasses.replace(p, leaky=True)
     groups = [
-        Group(p, True, [], [[1] * 2] * 4, [""] * 4, [True] * 4, [0.0] * 4),
-        Group(leaky, True, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [1.0] * 4),
-        Group(p, False, [], [[1] * 6] * 4, [""] * 4, [True, False] * 2, [1.0, 0.0] * 2),
-        Group(p, False, [], [[1] * 4] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+        Group(p, True, [], [], [[1] * 2] * 4, [""] * 4, [True] * 4, [0.0] * 4),
+        Group(leaky, True, [], [], [[1] * 4] * 4, [""] * 4, [True] * 4, [1.0] * 4),
+        Group(p, False, [], [], [[1, 1, 0, 1, 1, 1, 1]] * 4, [""] * 4, [True, False] * 2,
+              [1.0, 0.0] * 2),  # seven tokens, of which six were sampled
+        Group(p, False, [], [], [[1] * 4] * 4, [""] * 4, [True] * 4, [0.0] * 4),
     ]
     monkeypatch.setattr(smepo, "collect_rollouts", lambda *_: (groups, 24))
     monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
@@ -993,7 +997,7 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
 
     def rollout(model, tokenizer, problems, guided, group_size, config):
         assert guided == [False] * 4 and group_size == 2
-        return [Group(x, False, [], [], [], [], next(results)) for x in problems]
+        return [Group(x, False, [], [], [], [], [], next(results)) for x in problems]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     table = smepo.evaluate(None, None, [p, p, q, q], settings(eval_samples=2))
@@ -1623,6 +1627,320 @@ def test_compare_refuses_bad_input_in_one_line(capsys, arguments, message):
     assert smepo.main(["compare", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+# ---- Search: the loop and the toy ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def searcher():
+    return smepo.load_model(TASKS / "base_search", searching_settings())
+
+
+def searching_settings(**changes) -> Config:
+    paths = {"model": TASKS / "base_search", "data": TASKS / "search_train.jsonl",
+             "test_data": TASKS / "search_test.jsonl",
+             "knowledge": TASKS / "search_knowledge.jsonl"}
+    return settings(**{"task": "search"} | {k: str(v) for k, v in paths.items()} | changes)
+
+
+def search_rows(split: str) -> list[dict]:
+    lines = (TASKS / f"search_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def told(text: str) -> str:
+    return smepo.look_up(text, searching_settings().knowledge)
+
+
+def test_the_environment_answers_a_query_and_nothing_else():
+    world = {(row["relation"], row["entity"]): row["value"] for row in map(json.loads, (
+        TASKS / "search_knowledge.jsonl").read_text(encoding="utf-8").splitlines())}
+    found = f"<information>{world['mayor', 'Bergen']}</information>\n"
+    assert told("<search>mayor of Bergen</search>") == "\n" + found
+    assert told("I see. <search> Mayor  of bergen </search>") == "\n" + found
+    assert told("<search>mayor of <search>mayor of Bergen</search>") == "\n" + found
+    assert told("<search>mayor of Bergen</search>\n") == found  # the policy began the line itself
+    for text in ("<search>mayor of Atlantis</search>", "<search>Bergen</search>", "</search>",
+                 "<search></search>", "mayor of Bergen</search>", "<search>a<b>c</search>",
+                 "<search> of </search>", "</search>.", "<search>Bergen<search></search>"):
+        assert told(text) == "\n<information></information>\n"
+
+
+@pytest.mark.parametrize("content", ["[]", "not json", '{"entity": "Oslo"}', "3"])
+def test_a_broken_knowledge_file_is_refused_before_anything_is_written(tmp_path, capsys, content):
+    path = tmp_path / "knowledge.jsonl"
+    path.write_text(content, encoding="utf-8")
+    assert "knowledge.jsonl" in refused(capsys, flags(searching_settings(knowledge=str(path))))
+    missing = searching_settings(knowledge=str(tmp_path / "none.jsonl"))
+    assert "none.jsonl" in refused(capsys, flags(missing)) and not Path("runs").exists()
+
+
+ASK, END = "<search>mayor of Bergen</search>", "<answer>Ada</answer>"
+SCRIPTS = [  # what each of five rows says, turn by turn; | is the EOS
+    [END + "|"],
+    [ASK, END + "|"],
+    ["<search>Bergen</search>", "</search>", END + "|"],
+    [ASK, ASK, ASK, ASK, ASK],
+    [ASK, "<answer>Ada"]]
+
+
+def follow(monkeypatch, tokenizer, scripts) -> list:
+    """Put scripts, one a prompt, in the place of the policy; returns the contexts of each call."""
+    scripts, calls = [iter(script) for script in scripts], []
+
+    def sample(model, tokenizer, contexts, group_size, config):
+        calls.append(contexts)
+        turns = [next(scripts[ids[0]]).replace("|", tokenizer.eos_token) for ids in contexts]
+        return tokenizer(turns, add_special_tokens=False)["input_ids"]
+
+    monkeypatch.setattr(smepo, "sample", sample)
+    return calls
+
+
+def test_rows_of_a_batch_go_on_until_each_has_its_own_end(searcher, monkeypatch):
+    tokenizer = searcher[1]
+    config, prompts = searching_settings(max_turns=3), [[i] for i in range(5)]
+    calls = follow(monkeypatch, tokenizer, SCRIPTS)
+    rows, marks = smepo.converse(None, tokenizer, prompts, 1, config)
+    assert [len(call) for call in calls] == [5, 4, 2, 1]  # only open rows; the fourth is stopped
+    nothing = "\n<information></information>\n"
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    assert texts == [
+        END, ASK + told(ASK) + END, f"<search>Bergen</search>{nothing}</search>{nothing}{END}",
+        (ASK + told(ASK)) * 3 + ASK, ASK + told(ASK) + "<answer>Ada"]
+    for row, mark, script in zip(rows, marks, SCRIPTS, strict=True):
+        assert len(row) == len(mark)
+        chosen = [token for token, one in zip(row, mark, strict=True) if one]
+        said = "".join(script[:4]).replace("|", "")
+        assert tokenizer.decode(chosen, skip_special_tokens=True) == said
+    for ids in sum(calls, []):  # each goes on from the very ids of its row so far
+        assert [ids[0], *rows[ids[0]]][: len(ids)] == ids
+    follow(monkeypatch, tokenizer, SCRIPTS)
+    problems = [Problem("", "Ada", "", "2", "", False, ids, ids) for ids in prompts]
+    eos = smepo.GenerationConfig(eos_token_id=[tokenizer.eos_token_id])
+    groups = smepo.rollout(SimpleNamespace(generation_config=eos), tokenizer, problems, [False] * 5,
+                           1, config)
+    assert [g.ended for g in groups] == [[True], [True], [True], [False], [False]]
+    assert [g.rewards for g in groups] == [[1.0], [1.0], [1.0], [0.0], [0.0]]
+    assert [g.texts[0] for g in groups] == texts and [g.sampled[0] for g in groups] == marks
+
+
+def test_the_token_limit_counts_what_was_sampled_over_all_turns(searcher, monkeypatch):
+    tokenizer = searcher[1]
+    query = len(tokenizer(ASK)["input_ids"])
+    for limit in range(query, 3 * query + 1):
+        calls = follow(monkeypatch, tokenizer, [[ASK] * 9])
+        config = searching_settings(max_new_tokens=limit)
+        rows, marks = smepo.converse(None, tokenizer, [[0]], 1, config)
+        assert sum(marks[0]) == limit and len(calls) == math.ceil(limit / query)
+        assert marks[0][-1] == 1  # nothing is told to a row that may say no more
+        assert tokenizer.decode(rows[0]).startswith(ASK)
+
+
+def scripted_by_bigrams(model, chain: list[int], monkeypatch) -> None:
+    """After each token of the chain the policy is sure of the next; the cache is the model's."""
+    after, forward = dict(itertools.pairwise(chain)), model.forward
+
+    def sure(ids, **kwargs):
+        output, keep = forward(ids, **kwargs), kwargs.get("logits_to_keep", 0)
+        output.logits = torch.full_like(output.logits, -1e4)
+        for row, column in itertools.product(*map(range, ids[:, -keep:].shape)):
+            output.logits[row, column, after.get(ids[:, -keep:][row, column].item(), 0)] = 1e4
+        return output
+
+    monkeypatch.setattr(model, "forward", lambda input_ids, **k: sure(input_ids, **k))
+
+
+@pytest.mark.parametrize("last, pad", [(">", "<|pad|>"), (">.\n", "<|pad|>"), (">", "<|end|>")])
+def test_a_turn_ends_with_a_tag_of_several_tokens(monkeypatch, last, pad):
+    """Its last token may hold more, which stays; and where pad is the EOS, a stop is no end."""
+    from pretrain import make_tokenizer
+
+    tokenizer = make_tokenizer(SimpleNamespace(
+        PHRASES=["<sea", "rch>", "mayor of Ada", "</", "search", last, "more"], WORDS=[], PIECES=[
+            "<sea", "rch>", "mayor of Ada", "</", "search", re.escape(last), "more"]))
+    tokenizer.pad_token = pad
+    model = tiny_llama(vocabulary=len(tokenizer))
+    eos = tokenizer.eos_token_id
+    model.generation_config = smepo.GenerationConfig(eos_token_id=[eos])
+    asks = tokenizer("<search>mayor of Ada</search" + last)["input_ids"]
+    assert len(asks) == 6
+    more = tokenizer.convert_tokens_to_ids("more")
+    scripted_by_bigrams(model, [3, *asks, more, 4, eos], monkeypatch)
+    config = searching_settings()
+    # the guide in a prompt holds the tag, too: only what is sampled after it can end the turn
+    prompts = [[5, 3], [*asks, 3], [*asks, *asks, 4], [5, asks[4]]]
+    rows = smepo.sample(model, tokenizer, prompts, 2, config)
+    tail = [asks[5], more, 4, eos]  # without "</search" before it, this is not the tag
+    assert rows == [asks] * 4 + [[eos]] * 2 + [tail] * 2
+    math_rows = smepo.sample(model, tokenizer, prompts, 2, settings())
+    assert math_rows[0] == [*asks, more, 4, eos]  # in math the tag is a text like any other
+
+
+def talks(searcher, count=24, **changes) -> list[Group]:
+    """Groups of four dialogues of the shipped base, of unequal numbers of turns."""
+    config = searching_settings(**changes)
+    problems = smepo.load_problems(config.test_data, "semantic", searcher[1], config)
+    torch.manual_seed(0)
+    problems = problems[:: len(problems) // count][:count]
+    return smepo.rollout(*searcher, problems, [i % 2 == 0 for i in range(count)], 4, config)
+
+
+def test_dialogues_of_the_base_are_well_formed_and_score_as_they_were_sampled(searcher):
+    model, tokenizer = searcher
+    groups = talks(searcher)
+    turns = set()
+    for group in groups:
+        for ids, marks, text in zip(group.completions, group.sampled, group.texts, strict=True):
+            given = tokenizer.decode([t for t, one in zip(ids, marks, strict=True) if not one])
+            assert given == "".join(match[0] for match in smepo.TOLD.finditer(text))
+            for ask, answer in re.findall(r"(<search>[^<]*</search>)(\n.*\n)", text):
+                assert told(ask) == answer
+            turns.add(text.count("</search>"))
+    assert len(turns) > 3
+    for group in groups[:3]:  # padded beside each other, every token has the log-prob of its row
+        rows = [(group.prompt_ids, ids) for ids in group.completions]
+        prompts, mask = smepo.pad([p for p, _ in rows], tokenizer.pad_token_id, "left", "cpu")
+        ids, seen = smepo.pad([ids for _, ids in rows], tokenizer.pad_token_id, "right", "cpu")
+        ours = smepo.token_logprobs(model, torch.cat([prompts, ids], 1),
+                                    torch.cat([mask, seen], 1), ids.shape[1], 1.0)
+        for i, (prompt, row) in enumerate(rows):
+            logprobs = model(torch.tensor([prompt + row])).logits[0].log_softmax(-1)
+            theirs = logprobs[range(len(prompt) - 1, len(prompt + row) - 1), row]
+            torch.testing.assert_close(ours[i, : len(row)], theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_what_was_told_has_no_gradient_and_no_place_in_the_divisor(fresh_base, aggregation):
+    """One loss over all rows, written out, against the update, in whatever micro-batches."""
+    model = fresh_base[0]
+    groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [0.0] * 4, [0.0, 1, 1, 1])]
+    plain = gradient_of(fresh_base, groups, aggregation=aggregation)
+    for group in groups:
+        for marks in group.sampled:
+            marks[1:-1] = [i % 3 % 2 for i in range(len(marks) - 2)]
+    ours = gradient_of(fresh_base, groups, aggregation=aggregation)
+    part = gradient_of(fresh_base, groups, aggregation=aggregation, micro_batch=2)
+    model.zero_grad()
+    A = smepo.group_advantages([g.rewards for g in groups], 4).tolist()
+    rows = [(g.prompt_ids, *row) for g in groups
+            for row in zip(g.completions, g.sampled, strict=True)]
+    loss, tokens = 0, sum(sum(marks) for _, _, marks in rows)
+    for (prompt, ids, marks), a in zip(rows, A, strict=True):
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = (logits.log_softmax(-1)[range(len(ids)), ids] * torch.tensor(marks)).sum()
+        loss -= a * chosen / (sum(marks) * len(rows) if aggregation == "sequence" else tokens)
+    loss.backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(part, ours, atol=1e-5, rtol=1e-4)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+def test_entropy_and_clip_statistics_leave_out_what_was_told(fresh_base):
+    model, tokenizer = fresh_base
+    group = make_group(fresh_base, [1.0, 0, 0, 0])
+    for marks in group.sampled:
+        marks[:] = [0] * (len(marks) - 1) + [1]  # the EOS alone was sampled
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stats = smepo.update(model, tokenizer, optimizer, [group], settings(prompts_per_step=1))
+    rows = [torch.tensor([group.prompt_ids + ids]) for ids in group.completions]
+    logprobs = [model(row).logits[0, -2].log_softmax(-1)[row[0, -1]].item() for row in rows]
+    assert stats["entropy"] == pytest.approx(-sum(logprobs) / 4, rel=1e-3)
+
+
+def test_neither_pretraining_nor_the_expert_loss_teaches_what_the_environment_says(searcher):
+    from pretrain import batches
+
+    from tiny_tasks import searching
+
+    model, tokenizer = searcher
+    config = searching_settings()
+    p = smepo.load_problems(config.data, "semantic", tokenizer, config)[0]
+    encoded = tokenizer(p.trace + tokenizer.eos_token, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    logits = model(torch.tensor([p.prompt_ids + ids])).logits[0, len(p.prompt_ids) - 1 : -1]
+    nll = -logits.log_softmax(-1)[range(len(ids)), ids]
+    written = smepo.TOLD.sub("", p.trace) + tokenizer.eos_token
+    learned = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids))
+               if "information>" not in token and token not in searching.KIND]
+    assert tokenizer.decode([ids[i] for i in learned]) == re.sub(
+        rf"\b({'|'.join(searching.KIND)})\b", "", written)
+    ours = smepo.masked_expert_loss(model, tokenizer, p, "search")
+    torch.testing.assert_close(ours, nll[learned].mean(), atol=1e-5, rtol=1e-4)
+    ids, mask, labels = next(batches(searching, tokenizer, random.Random(0), 16))
+    for row, wanted in zip(ids, labels, strict=True):
+        text = tokenizer.decode(row[wanted >= 0])
+        assert "information>" not in text and text.startswith("<search>")
+        assert text.endswith("</answer><|end|>") and torch.equal(row[wanted >= 0],
+                                                                 wanted[wanted >= 0])
+
+
+def test_shipped_searches_replay_against_the_knowledge_and_mask_without_a_leak(searcher):
+    from tiny_tasks import searching
+
+    tokenizer = searcher[1]
+    lines, names = search_rows("train") + search_rows("test"), rf"\b({'|'.join(searching.KIND)})\b"
+    assert len({row["question"] for row in lines}) == len(lines) == 3000
+    for row in lines:
+        trace, answer = row["teacher_ds"], row["reward_model"]["ground_truth"]
+        turns = re.findall(r"(<search>\w+ of \w+</search>)(\n<\w+>\w+</information>\n)", trace)
+        assert all(told(query) == information for query, information in turns)
+        assert "".join(sum(turns, ())) + f"<answer>{answer}</answer>" == trace
+        assert len(turns) == row["difficulty"] and smepo.reward(trace, answer, "search") == 1.0
+        masked = smepo.mask_trace(trace, "search", answer)
+        assert not smepo.leaks(masked, answer, "search")
+        assert smepo.leaks(trace, answer, "search")
+        assert not re.search(names, masked)
+        assert re.sub(r"\[\w+\]", "", masked) == re.sub(names, "", trace)
+    for row in lines[::20]:
+        masked = smepo.mask_trace(row["teacher_ds"], "search")
+        for text in (row["question"], row["teacher_ds"], masked):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+
+
+def test_no_search_of_the_test_split_is_trained_or_pretrained_on():
+    from tiny_tasks import searching, toys
+
+    train, test = ({row["question"] for row in search_rows(split)} for split in ("train", "test"))
+    rng = random.Random(1)
+    pretraining = {searching.draw_example(rng)[0] for _ in range(3000)}
+    assert all(toys.is_held_out(question) for question in test)
+    assert not any(toys.is_held_out(question) for question in train | pretraining)
+
+
+def test_calibration_of_the_shipped_search_base(searcher):
+    from pretrain import calibrate
+
+    from tiny_tasks import searching
+
+    table = calibrate(searching, *searcher, searching_settings(), count=300)
+    assert 0.40 <= table["none", 2][0] <= 0.65
+    assert table["none", 5][0] <= 0.06
+    assert table["semantic", 5][0] >= 0.12
+    assert table["full", 5][0] >= 0.85
+    assert ("altered", 5) not in table
+    size = sum(path.stat().st_size for path in (TASKS / "base_search").iterdir())
+    assert size <= 2**20
+
+
+def test_a_search_run_learns_resumes_and_shows_whole_dialogues(tmp_path):
+    lines = {"data": search_rows("train")[:12], "test_data": search_rows("test")[::300]}
+    paths = {name: write_rows(tmp_path / name, rows) for name, rows in lines.items()}
+    config = searching_settings(**paths, mini_batches=2, inner_epochs=2, aggregation="token",
+                                guide_when="on-failure", steps=3, save_every=1)
+    whole = smepo.train(dataclasses.replace(config, name="whole"))
+    smepo.train(dataclasses.replace(config, name="parts", steps=2))
+    parts = smepo.train(dataclasses.replace(config, name="parts", resume=True))
+    assert_same_run(whole, parts)
+    _, *steps = without_times(whole / "metrics.jsonl")
+    assert all(step["leak_rate"] == 0 and math.isfinite(step["entropy"]) for step in steps)
+    groups = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
+    texts = [text for group in groups for text in group["completions"]]
+    assert sum("</information>\n<search>" in text for text in texts) > len(texts) / 2
+    assert any("[ENTITY]" in group["guide"] for group in groups)
 
 
 # ---- Scale out: the export, and TRL on it --------------------------------------------------------

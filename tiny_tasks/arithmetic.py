@@ -23,6 +23,7 @@ WORDS = ["Step", "The", "answer", "is", "[NUMBER]", "[ANSWER]", *"=+-*.:", *map(
 PIECES = ["The answer is", r"Step \d:", r"\.\n", r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+",
           r" ?[^\s\w]", r"\s"]
 
+PRETRAIN_STEPS = 3500
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else an operation is overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tiny_tasks import arithmetic, toys  # noqa: E402
+from tiny_tasks import arithmetic, searching, toys  # noqa: E402
 
-TOYS = {"arithmetic": arithmetic}
+TOYS = {"arithmetic": arithmetic, "search": searching}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -25,6 +25,7 @@ def main() -> int:
         train = toys.draw_rows(toy, arguments.seed, toy.TRAIN, held_out=False)
         test = toys.draw_rows(toy, arguments.seed + 1, toy.TEST, held_out=True)
         files |= {f"{name}_train.jsonl": train, f"{name}_test.jsonl": test}
+        files |= getattr(toy, "FILES", {})
     stale = []
     for name, rows in files.items():
         path = HERE / name

@@ -62,18 +62,27 @@ def make_tokenizer(toy) -> PreTrainedTokenizerFast:
 
 
 def batches(toy, tokenizer, rng: random.Random, batch_size: int) -> Iterator[tuple]:
-    """Endless batches of like lengths: ids, attention mask, labels (-100: no loss), all (N, L)."""
+    """Endless batches of like lengths: ids, attention mask, labels (-100: no loss), all (N, L).
+    Neither the prompt nor what an environment told has loss."""
     while True:
         examples = [toy.draw_example(rng) for _ in range(8 * batch_size)]
         prompts = [smepo.build_prompt(tokenizer, *example[:2]) for example in examples]
         solutions = [solution + tokenizer.eos_token for _, _, solution in examples]
         prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        solution_ids = tokenizer(solutions, add_special_tokens=False)["input_ids"]
-        rows = sorted(zip(prompt_ids, solution_ids, strict=True), key=lambda r: len(r[0] + r[1]))
+        encoded = tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
+        told = [[match.span() for match in smepo.TOLD.finditer(text)] for text in solutions]
+        labels = [[-100 if any(i <= a < j for i, j in spans) else token
+                   for token, (a, _) in zip(ids, offsets, strict=True)]
+                  for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"],
+                                                 told, strict=True)]  # fmt: skip
+        rows = sorted(zip(prompt_ids, encoded["input_ids"], labels, strict=True),
+                      key=lambda r: len(r[0] + r[1]))  # fmt: skip
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         for part in rng.sample(parts, len(parts)):
-            ids, mask = smepo.pad([p + s for p, s in part], tokenizer.pad_token_id, "right", "cpu")
-            labels, _ = smepo.pad([[-100] * len(p) + s for p, s in part], -100, "right", "cpu")
+            rows = [(p + s, [-100] * len(p) + wanted) for p, s, wanted in part]
+            ids, labels = zip(*rows, strict=True)
+            ids, mask = smepo.pad(ids, tokenizer.pad_token_id, "right", "cpu")
+            labels, _ = smepo.pad(labels, -100, "right", "cpu")
             yield ids, mask, labels
 
 
@@ -107,8 +116,9 @@ def pretrain(toy, steps: int, batch_size: int, learning_rate: float, seed: int):
 def calibrate(toy, model, tokenizer, config, count: int = 1000, seed: int = 12345) -> dict:
     """{(guide, k): (accuracy, lucky)} over `count` held-out problems, sampled once each at T = 1.
 
-    Lucky: right by its answer, although the solution is not the expert's. The last row shows
-    traces with wrong results; its accuracy is how often the answer follows them.
+    Lucky: right by its answer, although the solution is not the expert's. The last row, of a toy
+    that has `altered`, shows traces with wrong results; its accuracy is how often the answer
+    follows them.
     """
     torch.manual_seed(seed)
     table, hardest = {}, max(toy.TRAIN)
@@ -132,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(TOYS), default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, help="else as many as the task's base took")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, then to 0")
     parser.add_argument("--seed", type=int, default=0)
@@ -144,8 +154,9 @@ def main() -> None:
     config = smepo.Config(task=arguments.task, device="cpu")
     out = arguments.out or HERE.parent / config.model
     if not arguments.calibrate:
-        settings = arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed
-        model, tokenizer = pretrain(toy, *settings)
+        steps = arguments.steps or toy.PRETRAIN_STEPS
+        settings = arguments.batch_size, arguments.learning_rate, arguments.seed
+        model, tokenizer = pretrain(toy, steps, *settings)
         new = out.with_name(out.name + ".new")
         for part in (model, tokenizer):
             part.save_pretrained(new)

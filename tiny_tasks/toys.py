@@ -7,6 +7,8 @@ A toy is a module with these names. A problem is whatever the module likes.
     question_of(problem)            its text
     expert(problem)                 (expert trace, ground truth)
     draw_example(rng)               (question, guide shown or "", solution to imitate): pretraining
+    FILES                           {name: rows} of other files, where the toy needs any
+    PRETRAIN_STEPS                  batches that its base is trained on
     PHRASES, WORDS, PIECES          the vocabulary of the base: whole phrases, words, how to split
 """
 
