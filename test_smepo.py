@@ -1557,7 +1557,7 @@ def test_a_job_trains_its_arm_and_keeps_what_the_summary_needs(monkeypatch):
     load = smepo.load_problems
     monkeypatch.setattr(smepo, "load_problems", lambda *a: load(*a)[::50])
     given = compare.parse(["--arms", "on-failure", "--steps", "2"])
-    job = compare.jobs_of(given, [3], compare.RATES, Config().data)[0]
+    job = compare.jobs_of(given, [3], {}, Config().data)[0]
     monkeypatch.chdir(HERE)
     ticks = []
     record = compare.run_job(job, lambda: ticks.append(1))
@@ -1595,7 +1595,7 @@ def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
         tmp_path, capsys, monkeypatch):
     arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
     given = compare.parse(arguments[1:])
-    jobs = compare.jobs_of(given, (1, 2), compare.RATES, Config().data)
+    jobs = compare.jobs_of(given, (1, 2), {}, Config().data)
     for job in jobs:
         record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
         record["curve"] = record["curve"][:4]

@@ -24,7 +24,8 @@ PIECES = ["The answer is", r"Step \d:", r"\.\n", r" ?\[[A-Z]+\]", r" ?\d+", r" ?
           r" ?[^\s\w]", r"\s"]
 
 PRETRAIN_STEPS = 3500
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else an operation is overlooked
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else operations are overlooked
+LONGEST = 3  # operations that are left when some are overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
     ("semantic", None): 0.28, ("full", None): 0.17, ("random", None): 0.05, ("prefix", None): 0.05,
@@ -108,9 +109,9 @@ def solution(rng: random.Random, problem: Problem, trace: str, spans) -> str:
 
 
 def overlook(rng: random.Random, problem: Problem) -> Problem:
-    """The problem without one of its operations: how the base fails to plan."""
+    """The problem with only LONGEST of its operations left: how the base fails to plan."""
     numbers, operators = problem
-    choices = list(itertools.combinations(range(len(operators)), len(operators) - 1))
+    choices = list(itertools.combinations(range(len(operators)), LONGEST))
     for kept in rng.sample(choices, len(choices)):
         fewer = [numbers[0]] + [numbers[i + 1] for i in kept], [operators[i] for i in kept]
         if solve(*fewer):

@@ -37,9 +37,8 @@ ARMS = {
     "expert-loss": {"expert_coef": 0.1},
 }
 QUICK, SWEPT = ("none", "full", "random", "semantic"), ("none", "semantic", "fraction")
-# Each arm's best of --rates (results/rates.md), on a seed that the report does not use.
-RATES = {"none": 2e-4, "full": 2e-4, "prefix": 4e-4, "random": 2e-4, "semantic": 4e-4,
-         "on-failure": 2e-4, "fraction": 2e-4, "expert-loss": 1e-4}
+# Where an arm's best of --rates (results/rates.md, a seed that no report uses) is not the default.
+RATES = {"arithmetic": {"prefix": 4e-4, "semantic": 4e-4, "expert-loss": 1e-4}}
 KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "rollouts",
         "seconds_rollout", "seconds_update")  # what a job's file keeps of each step
 
@@ -70,16 +69,17 @@ def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> fl
     right = [group for group in groups if group.rewards[0]]
     if not right:
         return float("nan")
-    completions, mask = smepo.pad([group.completions[0] for group in right],
+    completions, seen = smepo.pad([group.completions[0] for group in right],
                                   tokenizer.pad_token_id, "right", model.device)  # (N, T)
+    sampled, _ = smepo.pad([group.sampled[0] for group in right], 0, "right", model.device)
     sums = []
     for kind in ("guided_ids", "prompt_ids"):
         prompts = [getattr(group.problem, kind) for group in right]
         ids, prompt_mask = smepo.pad(prompts, tokenizer.pad_token_id, "left", model.device)
         logprobs = smepo.token_logprobs(
-            model, torch.cat([ids, completions], 1), torch.cat([prompt_mask, mask], 1),
-            mask.shape[1], config.temperature)
-        sums.append((logprobs * mask).sum(1))
+            model, torch.cat([ids, completions], 1), torch.cat([prompt_mask, seen], 1),
+            seen.shape[1], config.temperature)
+        sums.append((logprobs * sampled).sum(1))
     return (sums[0] - sums[1]).mean().item()
 
 
@@ -351,7 +351,8 @@ def rates_table(records: list[dict], out: Path) -> str:
 
 
 def jobs_of(given, seeds, rates: dict[str, float], data) -> list[dict]:
-    return [{"arm": arm, "seed": seed, "steps": given.steps, "learning_rate": rates[arm],
+    return [{"arm": arm, "seed": seed, "steps": given.steps,
+             "learning_rate": rates.get(arm, smepo.Config.learning_rate),
              "eval_every": max(1, given.steps // given.points), "task": given.task,
              "data": str(data)}
             for seed in seeds for arm in given.arms]  # seed by seed: a stopped run is even
@@ -399,22 +400,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
     out, seeds = Path(given.out), range(1, 2 if given.quick else given.seeds + 1)
-    data = smepo.Config(task=given.task).data
+    data, rates = smepo.Config(task=given.task).data, RATES.get(given.task, {})
     if given.rates:
         try:
-            rates = [float(rate) for rate in given.rates.split(",")]
+            tried = [float(rate) for rate in given.rates.split(",")]
         except ValueError as error:
             raise smepo.UserError(f"--rates {given.rates}: numbers like 1e-4,2e-4") from error
         given.points = 1
-        jobs = [job for rate in rates for job in jobs_of(
+        jobs = [job for rate in tried for job in jobs_of(
             given, [100 + seed for seed in seeds], dict.fromkeys(ARMS, rate), data)]
         print(rates_table(run_all(jobs, out, given.jobs), out))
     elif given.sweep:
         jobs = [job for k in TOYS[given.task].TEST for job in jobs_of(
-            given, seeds, RATES, training_file(given.task, k, out))]
+            given, seeds, rates, training_file(given.task, k, out))]
         print(sweep_table(run_all(jobs, out, given.jobs), out))
     else:
-        records = run_all(jobs_of(given, seeds, RATES, data), out, given.jobs)
+        records = run_all(jobs_of(given, seeds, rates, data), out, given.jobs)
         print(summarize(records, out))
         if find_spec("matplotlib"):
             draw(records, out / "compare.png")
