@@ -305,6 +305,7 @@ def sweep_table(records: list[dict], out: Path) -> str:
     rows, points = [], {}
     for data, group in itertools.groupby(records, lambda record: record["data"]):
         arms, level = by_arm(list(group)), Path(data).stem[-1]
+        level = level if level.isdigit() else max(records[0]["points"][0].keys() - {"mean"})
         grpo = {record["seed"]: record for record in arms["none"]}
         success = statistics.mean(record["points"][0][level] for record in arms["none"])
         for arm, runs in arms.items():
@@ -411,8 +412,9 @@ def main(arguments: list[str]) -> None:
             given, [100 + seed for seed in seeds], dict.fromkeys(ARMS, rate), data)]
         print(rates_table(run_all(jobs, out, given.jobs), out))
     elif given.sweep:
-        jobs = [job for k in TOYS[given.task].TEST for job in jobs_of(
-            given, seeds, rates, training_file(given.task, k, out))]
+        toy = TOYS[given.task]
+        files = [data if k in toy.TRAIN else training_file(given.task, k, out) for k in toy.TEST]
+        jobs = [job for path in files for job in jobs_of(given, seeds, rates, path)]
         print(sweep_table(run_all(jobs, out, given.jobs), out))
     else:
         records = run_all(jobs_of(given, seeds, rates, data), out, given.jobs)
