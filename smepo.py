@@ -124,6 +124,7 @@ for _ in range(5):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
 STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|answer(?: is:?|:))"
                     r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
+FENCED = re.compile(r"^ {0,3}```.*\n([\s\S]*?)^ {0,3}```", re.MULTILINE)
 NUMERAL = re.compile(
     r"([-+]?)(?:(\d+) ?(?= \d+/))? ?(\d+\.?\d*|\.\d+)(?:/(\d+))?(?:e(-?\d{1,3}))?%?")
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -132,6 +133,9 @@ SMALL = ("zero one two three four five six seven eight nine ten eleven twelve th
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
 VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES | PARTS
+
+def judge():  # only code needs it
+    return import_module("tiny_tasks.judge")
 
 def stated(text: str) -> str:
     """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
@@ -177,10 +181,20 @@ def same_answer(given: str, truth: str, domain: str) -> bool:
         given, truth = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
     return given == truth
 
+def rewards(texts: list[str], truths: list[str], domain: str) -> list[float]:
+    """1.0 where the last answer that a text states is right, else 0.0. In code it is the last
+    fenced block, and right if it passes its tests; all are judged at once, as they run in parallel.
+    """
+    if domain == "code":
+        blocks = [FENCED.findall(text)[-1:] for text in texts]
+        jobs = [(*block, truth) for block, truth in zip(blocks, truths, strict=True) if block]
+        verdicts = iter(judge().judge(*zip(*jobs, strict=True)) if jobs else [])
+        return [float(bool(block) and next(verdicts)) for block in blocks]
+    said = zip(map(stated, texts), truths, strict=True)
+    return [float(text != "" and same_answer(text, truth, domain)) for text, truth in said]
+
 def reward(completion: str, ground_truth: str, domain: str) -> float:
-    """1.0 if the last answer that the completion states is right, else 0.0."""
-    said = stated(completion)
-    return float(said != "" and same_answer(said, ground_truth, domain))
+    return rewards([completion], [ground_truth], domain)[0]
 # ---- Masking: the spans of a trace that the reward depends on ------------------------------------
 # Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1" is
 # consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
@@ -514,6 +528,12 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
     for question, answer, trace, difficulty in read_rows(path, wants_trace):
         shown = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
+        if config.domain == "code":
+            try:
+                judge().cases(answer)
+            except ValueError as error:
+                where = f"{path} line {len(problems) + 1}"
+                raise UserError(f"{where}: the ground truth is no unit tests: {error}") from error
         prompts = [build_prompt(tokenizer, question, text) for text in ("", shown)]
         plain, guided = tokenizer(prompts, add_special_tokens=False)["input_ids"]  # text has all
         if len(guided) > config.max_prompt_tokens:
@@ -578,14 +598,15 @@ def rollout(model, tokenizer, problems, guided, group_size: int, config: Config)
     prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     for start in range(0, len(problems), per_call):
         part = slice(start, start + per_call)
-        rows = iter(sample(model, tokenizer, prompts[part], group_size, config))
-        for problem, shown, prompt in zip(problems[part], guided[part], prompts[part], strict=True):
-            ids = [next(rows) for _ in range(group_size)]
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
-            rewards = [reward(text, problem.answer, config.domain) if end else 0.0
-                       for text, end in zip(texts, ended, strict=True)]
-            groups.append(Group(problem, shown, prompt, ids, texts, ended, rewards))
+        ids = sample(model, tokenizer, prompts[part], group_size, config)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
+        whole = [text if end else "" for text, end in zip(texts, ended, strict=True)]
+        truths = [problem.answer for problem in problems[part] for _ in range(group_size)]
+        columns = ids, texts, ended, rewards(whole, truths, config.domain)
+        for i, group in enumerate(zip(problems[part], guided[part], prompts[part], strict=True)):
+            mine = slice(i * group_size, (i + 1) * group_size)
+            groups.append(Group(*group, *(column[mine] for column in columns)))
     return groups
 
 def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):

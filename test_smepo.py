@@ -1405,7 +1405,8 @@ def test_mean_error_by_hand():
 
 def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
     for row in rows("test", 1000):
-        trace = compare.arithmetic.altered(row["question"], random.Random(row["question"]))
+        trace, answer = compare.arithmetic.altered(row["question"], random.Random(row["question"]))
+        assert smepo.stated(trace) == answer
         assert smepo.mask_trace(trace, "math") == smepo.mask_trace(row["teacher_ds"], "math")
         assert smepo.stated(trace) != row["reward_model"]["ground_truth"]
         for sum_, value in re.findall(r"Step \d: (.*) = (\d+)", trace):

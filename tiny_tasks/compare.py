@@ -46,17 +46,17 @@ KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "ro
 # ---- One job -------------------------------------------------------------------------------------
 
 
-def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float:
+def copy_rate(toy, model, tokenizer, problems: list[smepo.Problem], config) -> float:
     """Shown an altered trace: how often does the answer follow the trace, not the truth?"""
-    traces = [arithmetic.altered(problem.question, random.Random(problem.question))
-              for problem in problems]
+    altered = [toy.altered(problem.question, random.Random(problem.question))
+               for problem in problems]
     texts = [smepo.build_prompt(tokenizer, problem.question, trace)
-             for problem, trace in zip(problems, traces, strict=True)]
+             for problem, (trace, _) in zip(problems, altered, strict=True)]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     completions = smepo.sample(model, tokenizer, prompts, 1, config)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return sum(smepo.reward(text, smepo.stated(trace), config.domain)
-               for text, trace in zip(texts, traces, strict=True)) / len(problems)
+    said = [answer for _, answer in altered]
+    return sum(smepo.rewards(texts, said, config.domain)) / len(problems)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def run_job(job: dict, tick) -> dict:
         "points": [{level: round(mean, 4) for level, (mean, _) in p.items()} for p in points],
         "final": {k: {level: round(mean, 4) for level, (mean, _) in final[k].items()}
                   for k in ("pass@1", "pass@8")},
-        "copy_rate": copy_rate(model, tokenizer, hardest, config),
+        "copy_rate": copy_rate(arithmetic, model, tokenizer, hardest, config),
         "hint_reliance": hint_reliance(model, tokenizer, hardest, config)}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tiny_tasks import arithmetic, toys  # noqa: E402
+from tiny_tasks import arithmetic, coding, toys  # noqa: E402
 
-TOYS = {"arithmetic": arithmetic}
+TOYS = {"arithmetic": arithmetic, "code": coding}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

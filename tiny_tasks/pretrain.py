@@ -123,7 +123,7 @@ def calibrate(toy, model, tokenizer, config, count: int = 1000, seed: int = 1234
         right = [group for group in groups if group.rewards[0]]
         lucky = [group for group in right if group.texts[0] != group.problem.trace]
         table[guide, k] = len(right) / count, len(lucky) / count
-    table["altered", hardest] = copy_rate(model, tokenizer, problems, config), 0.0
+    table["altered", hardest] = copy_rate(toy, model, tokenizer, problems, config), 0.0
     return table
 
 

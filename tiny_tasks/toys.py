@@ -7,6 +7,7 @@ A toy is a module with these names. A problem is whatever the module likes.
     question_of(problem)            its text
     expert(problem)                 (expert trace, ground truth)
     draw_example(rng)               (question, guide shown or "", solution to imitate): pretraining
+    altered(question, rng)          a wrong trace, and its ground truth: does the base follow it?
     PHRASES, WORDS, PIECES          the vocabulary of the base: whole phrases, words, how to split
 """
 
