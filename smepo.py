@@ -134,9 +134,6 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
 VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES | PARTS
 
-def judge():  # only code needs it
-    return import_module("tiny_tasks.judge")
-
 def stated(text: str) -> str:
     """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
     said = [match[match.lastindex] for match in STATED.finditer(text)]
@@ -188,7 +185,8 @@ def rewards(texts: list[str], truths: list[str], domain: str) -> list[float]:
     if domain == "code":
         blocks = [FENCED.findall(text)[-1:] for text in texts]
         jobs = [(*block, truth) for block, truth in zip(blocks, truths, strict=True) if block]
-        verdicts = iter(judge().judge(*zip(*jobs, strict=True)) if jobs else [])
+        judge = import_module("tiny_tasks.judge").judge  # needed for code alone
+        verdicts = iter(judge(*zip(*jobs, strict=True)) if jobs else [])
         return [float(bool(block) and next(verdicts)) for block in blocks]
     said = zip(map(stated, texts), truths, strict=True)
     return [float(text != "" and same_answer(text, truth, domain)) for text, truth in said]
@@ -530,7 +528,7 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
                             seed=f"{config.seed} {question}")
         if config.domain == "code":
             try:
-                judge().cases(answer)
+                import_module("tiny_tasks.judge").cases(answer)
             except ValueError as error:
                 where = f"{path} line {len(problems) + 1}"
                 raise UserError(f"{where}: the ground truth is no unit tests: {error}") from error

@@ -30,14 +30,19 @@ CODE_LINE = re.compile(r"\w = (\w) (.) (\w+)\n")
 
 # The vocabulary of the base: one token a number, sign or phrase. The words are for what a random
 # mask leaves of a phrase.
-PHRASES = [ASK, " the square of", " more than", " less than", *(f"Step {i}:" for i in range(1, 10)),
-           " multiply by", " square it", ".\n", "```python\n", "```", "x = int(input())\n",
-           *(f"{name} = {last}" for last, name in itertools.pairwise(NAMES)),
-           *(f"print({name})\n```" for name in NAMES)]  # fmt: skip
-WORDS = ["Write", "program", "that", "reads", "and", "prints", "the", "square", "of", "more",
-         "less", "than", "times", "Step", "add", "subtract", "multiply", "by", "it", "python",
-         "int", "input", "print", "[CODE]", *NAMES, *"=+-*.:()`", *map(str, range(100))]  # fmt: skip
-PIECES = [*map(re.escape, PHRASES), r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]
+PHRASES = [
+    ASK, " the square of", " more than", " less than", *(f"Step {i}:" for i in range(1, 10)),
+    " multiply by", " square it", ".\n", "```python\n", "```", "x = int(input())\n",
+    *(f"{name} = {last}" for last, name in itertools.pairwise(NAMES)),
+    *(f"print({name})\n```" for name in NAMES),
+]  # fmt: skip
+WORDS = [
+    "Write", "program", "that", "reads", "and", "prints", "the", "square", "of", "more", "less",
+    "than", "times", "Step", "add", "subtract", "multiply", "by", "it", "python", "int", "input",
+    "print", "[CODE]", *NAMES, *"=+-*.:()`", *map(str, range(100)),
+]  # fmt: skip
+PIECES = [*map(re.escape, PHRASES), r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]",
+          r"\s"]  # fmt: skip
 
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else all but PLANS operations are overlooked
 PLANS = 3
