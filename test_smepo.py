@@ -589,7 +589,7 @@ def test_several_eos_ids_of_the_model_folder_all_end_a_completion(base, tmp_path
 
 
 def test_truncated_rollouts_earn_nothing_and_long_calls_are_split(base, monkeypatch):
-    monkeypatch.setattr(smepo, "reward", lambda *_: 1.0)
+    monkeypatch.setattr(smepo, "rewards", lambda texts, *_: [float(text != "") for text in texts])
     p = problem(base)
     cut = smepo.rollout(*base, [p], [True], 4, settings(max_new_tokens=5))[0]
     assert cut.rewards == [0.0] * 4 and cut.ended == [False] * 4

@@ -75,7 +75,7 @@ def execute(program: str, seconds: float) -> None:
             status = int(end.code not in (None, 0))
         atexit._run_exitfuncs()  # some programs print in one
         for stream in (sys.stdout, sys.__stdout__):
-            with suppress(ValueError):  # closed
+            with suppress(Exception):  # closed, or no file at all
                 stream.flush()
     finally:
         os._exit(status)  # without a traceback
@@ -122,7 +122,7 @@ def passes(run, program: str, pairs: list, seconds: float) -> bool:
 def start(*arguments: str, **settings):
     """This file as a script, isolated, in a session (so also a process group) of its own."""
     command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(__file__), *arguments]
-    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them, some a Python would not start
+    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
     needed = {name: os.environ[name] for name in needed if name in os.environ}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=needed,
                             start_new_session=True, **settings)
