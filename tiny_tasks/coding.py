@@ -44,7 +44,7 @@ WORDS = [
 PIECES = [*map(re.escape, PHRASES), r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]",
           r"\s"]  # fmt: skip
 
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else all but PLANS operations are overlooked
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.02}  # else all but PLANS operations are overlooked
 PLANS = 3
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
@@ -139,7 +139,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     plan = toys.draw_from_split(sys.modules[__name__], rng, k or rng.randint(2, 5), held_out=False)
     question, lines = question_of(plan), plan
     if rng.random() < toys.WRONG_RATE:
-        lines = [careless(rng, line) for line in plan]
+        lines = [wrong(rng, line) for line in plan]  # so only copying will do
     trace, seed, ratio = write(plan, lines), str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "code", prefix_ratio=ratio, seed=seed)
     spans = [(len(text), len(trace), "")]  # none, prefix, full: hidden is what comes after it
