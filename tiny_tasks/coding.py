@@ -28,11 +28,13 @@ NESTED = {"+": "more than", "-": "less than", "*": "times"}  # as the question s
 PLANNED = {"+": "add", "-": "subtract", "*": "multiply by"}  # as the plan does
 CODE_LINE = re.compile(r"\w = (\w) (.) (\w+)\n")
 
-# The vocabulary of the base: one token a number, sign or phrase. The words are for what a random
-# mask leaves of a phrase.
+# The vocabulary of the base: one token an operation, in each of its three forms, so that copying
+# is as easy as translating. The words are for what a random mask leaves of a phrase.
 PHRASES = [
-    ASK, " the square of", " more than", " less than", *(f"Step {i}:" for i in range(1, 10)),
-    " multiply by", " square it", ".\n", "```python\n", "```", "x = int(input())\n",
+    ASK, " the square of", *(f" {n} {words}" for words in NESTED.values() for n in CONSTANTS),
+    " square it", *(f" {words} {n}" for words in PLANNED.values() for n in CONSTANTS), ".\n",
+    *(f" {operator} {n}" for operator in NESTED for n in (*CONSTANTS, *NAMES)),
+    *(f"Step {i}:" for i in range(1, 10)), "```python\n", "```", "x = int(input())\n",
     *(f"{name} = {last}" for last, name in itertools.pairwise(NAMES)),
     *(f"print({name})\n```" for name in NAMES),
 ]  # fmt: skip
@@ -41,10 +43,10 @@ WORDS = [
     "than", "times", "Step", "add", "subtract", "multiply", "by", "it", "python", "int", "input",
     "print", "[CODE]", *NAMES, *"=+-*.:()`", *map(str, range(100)),
 ]  # fmt: skip
-PIECES = [*map(re.escape, PHRASES), r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]",
-          r"\s"]  # fmt: skip
+PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
+          r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]  # fmt: skip
 
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.02}  # else all but PLANS operations are overlooked
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.02}  # else only PLANS operations are seen
 PLANS = 3
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
