@@ -141,6 +141,7 @@ for _ in range(5):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
 STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|answer(?: is:?|:))"
                     r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
+FENCED = re.compile(r"^ {0,3}```.*\n([\s\S]*?)^ {0,3}```", re.MULTILINE)
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
          "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
          "eighty ninety").split()
@@ -192,10 +193,21 @@ def same_answer(given: str, truth: str, domain: str) -> bool:
         given, truth = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
     return given == truth
 
+def rewards(texts: list[str], truths: list[str], domain: str) -> list[float]:
+    """1.0 where the last answer that a text states is right, else 0.0. In code it is the last
+    fenced block, and right if it passes its tests; all are judged at once, as they run in parallel.
+    """
+    if domain == "code":
+        blocks = [FENCED.findall(text)[-1:] for text in texts]
+        jobs = [(*block, truth) for block, truth in zip(blocks, truths, strict=True) if block]
+        judge = import_module("tiny_tasks.judge").judge  # needed for code alone
+        verdicts = iter(judge(*zip(*jobs, strict=True)) if jobs else [])
+        return [float(bool(block) and next(verdicts)) for block in blocks]
+    said = zip(map(stated, texts), truths, strict=True)
+    return [float(text != "" and same_answer(text, truth, domain)) for text, truth in said]
+
 def reward(completion: str, ground_truth: str, domain: str) -> float:
-    """1.0 if the last answer that the completion states is right, else 0.0."""
-    said = stated(completion)
-    return float(said != "" and same_answer(said, ground_truth, domain))
+    return rewards([completion], [ground_truth], domain)[0]
 # ---- Masking: the spans of a trace that the reward depends on ------------------------------------
 # Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1" is
 # consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
@@ -484,6 +496,12 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
     for question, answer, trace, difficulty in read_rows(path, wants_trace):
         whole = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
+        if config.domain == "code":
+            try:
+                import_module("tiny_tasks.judge").cases(answer)
+            except ValueError as error:
+                where = f"{path} line {len(problems) + 1}"
+                raise UserError(f"{where}: the ground truth is no unit tests: {error}") from error
         asked, shown = encode(question, ""), whole
         if len(asked) > config.max_prompt_tokens:
             too_long += 1
@@ -608,15 +626,15 @@ def rollout(model, tokenizer, problems, guided, group_size: int, config: Config)
     prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     for start in range(0, len(problems), per_call):
         part = slice(start, start + per_call)
-        talks = converse(model, tokenizer, prompts[part], group_size, config)
-        rows = iter(zip(*talks, strict=True))
-        for problem, shown, prompt in zip(problems[part], guided[part], prompts[part], strict=True):
-            ids, marks = zip(*[next(rows) for _ in range(group_size)], strict=True)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
-            rewards = [reward(text, problem.answer, config.domain) if end else 0.0
-                       for text, end in zip(texts, ended, strict=True)]
-            groups.append(Group(problem, shown, prompt, [*ids], [*marks], texts, ended, rewards))
+        ids, marks = converse(model, tokenizer, prompts[part], group_size, config)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
+        whole = [text if end else "" for text, end in zip(texts, ended, strict=True)]
+        truths = [problem.answer for problem in problems[part] for _ in range(group_size)]
+        columns = ids, marks, texts, ended, rewards(whole, truths, config.domain)
+        for i, group in enumerate(zip(problems[part], guided[part], prompts[part], strict=True)):
+            mine = slice(i * group_size, (i + 1) * group_size)
+            groups.append(Group(*group, *(column[mine] for column in columns)))
     return groups
 
 def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):

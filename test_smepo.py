@@ -601,7 +601,7 @@ def test_several_eos_ids_of_the_model_folder_all_end_a_completion(base, tmp_path
 
 
 def test_truncated_rollouts_earn_nothing_and_long_calls_are_split(base, monkeypatch):
-    monkeypatch.setattr(smepo, "reward", lambda *_: 1.0)
+    monkeypatch.setattr(smepo, "rewards", lambda texts, *_: [float(text != "") for text in texts])
     p = problem(base)
     cut = smepo.rollout(*base, [p], [True], 4, settings(max_new_tokens=5))[0]
     assert cut.rewards == [0.0] * 4 and cut.ended == [False] * 4
@@ -1546,7 +1546,8 @@ def test_mean_error_by_hand():
 
 def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
     for row in rows("test", 1000):
-        trace = arithmetic.altered(row["question"], random.Random(row["question"]))
+        trace, answer = arithmetic.altered(row["question"], random.Random(row["question"]))
+        assert smepo.stated(trace) == answer
         assert smepo.mask_trace(trace, "math") == smepo.mask_trace(row["teacher_ds"], "math")
         assert smepo.stated(trace) != row["reward_model"]["ground_truth"]
         for sum_, value in re.findall(r"Step \d: (.*) = (\d+)", trace):
@@ -2071,3 +2072,234 @@ def test_trl_agrees_with_us_on_the_same_rollouts(tmp_path, monkeypatch):
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     logged = next(record["grad_norm"] for record in trainer.state.log_history)
     assert logged == pytest.approx(norm, rel=1e-3)
+
+
+# ---- Code: the judge and the toy ----------------------------------------------------------------
+
+
+CUBE = json.dumps({"inputs": ["2\n", "-3\n"], "outputs": ["8\n", "-27\n"]})
+RIGHT = "x = int(input())\nprint(x ** 3)\n"
+PROGRAMS = {  # name: (program, whether it passes CUBE); {} is a path outside its folder
+    "right": (RIGHT, True),
+    "space at the end": (RIGHT + "print('  ')\n", True),
+    "in a function": ("def main():\n    print(int(input()) ** 3)\nmain()\n", True),
+    "reads all of stdin": ("import sys\nprint(int(sys.stdin.read()) ** 3)", True),
+    "reads the file": ("print(int(open(0).read()) ** 3)", True),
+    "ends well": (RIGHT + "raise SystemExit", True),
+    "deep, but not too deep": (
+        "import sys\nsys.setrecursionlimit(9000)\ndef f(n):\n    return n and 1 + f(n - 1)\n"
+        "f(5000)\n" + RIGHT, True),
+    "writes in its folder": ("open('a', 'w').write('b')\nprint(int(input()) ** 3)", True),
+    "prints at its exit": (
+        "import atexit\natexit.register(lambda: print(int(input()) ** 3))\n", True),
+    "closes stdout when done": (RIGHT + "import sys\nsys.stdout.close()", True),
+    "wrong": ("print(int(input()) ** 2)", False),
+    "only the first test": ("print(8)", False),
+    "more than is asked": (RIGHT + "print('done')", False),
+    "nothing": ("", False),
+    "syntax error": ("print(", False),
+    "null byte": ("print(8)\0", False),
+    "a lone surrogate": ("print('\ud800')", False),
+    "raises": (RIGHT + "1 / 0", False),
+    "sys.exit": (RIGHT + "import sys\nsys.exit(1)", False),
+    "deep recursion": ("f = lambda n: f(n + 1)\nf(0)", False),
+    "deeper recursion": ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda n: f(n + 1)\nf(0)",
+                         False),
+    "closes stdout": ("import sys\nsys.stdout.close()\n" + RIGHT, False),
+    "replaces stdout": ("import io, sys\nsys.stdout = io.StringIO()\n" + RIGHT, False),
+    "memory bomb": ("a = [0]\nwhile True:\n    a += a", False),
+    "huge output": ("while True:\n    print('x' * 10**6)", False),
+    "fork": ("import os\nos.fork()\n" + RIGHT, False),
+    "fork bomb": ("import os\nwhile True:\n    os.fork()", False),
+    "other programs": ("import subprocess\nsubprocess.run(['true'])\n" + RIGHT, False),
+    "shell": ("import os\nos.system('true')\n" + RIGHT, False),
+    "network": ("import socket\nsocket.socket()\n" + RIGHT, False),
+    "kills the parent": ("import os\nos.kill(os.getppid(), 9)\n" + RIGHT, False),
+    "kills its group": ("import os\nos.killpg(0, 9)\n" + RIGHT, False),
+    "writes outside": ("open({}, 'w')\n" + RIGHT, False),
+    "removes outside": ("import os\nos.remove({})\n" + RIGHT, False),
+    "makes a folder outside": ("import os\nos.mkdir('../more')\n" + RIGHT, False),
+    "reads the environment": (
+        "import os\n" + RIGHT + "print(os.environ.get('HOME', ''), *os.environ)", True),
+}
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    from tiny_tasks import judge
+
+    monkeypatch.setattr(judge, "SECONDS", 9.0)  # a busy machine fails no test
+    judge.verdict.cache_clear()
+    return judge
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm workers", "one process each"])
+def test_the_judge_contains_every_accident_and_both_ways_agree(judge, tmp_path, warm):
+    kept = tmp_path / "kept"
+    kept.write_text("precious", encoding="utf-8")
+    programs = [program.replace("{}", repr(str(kept))) for program, _ in PROGRAMS.values()]
+    before = set(tmp_path.iterdir())
+    passed = judge.judge(programs, [CUBE] * len(programs), warm)
+    assert dict(zip(PROGRAMS, passed, strict=True)) == {
+        name: verdict for name, (_, verdict) in PROGRAMS.items()}
+    assert kept.read_text(encoding="utf-8") == "precious" and set(tmp_path.iterdir()) == before
+
+
+HANGS = {"endless loop": "while True: pass", "sleeps": "import time\ntime.sleep(99)",
+         "waits for more": "while True:\n    try: input()\n    except EOFError: pass",
+         "stops its alarm": "import signal, time\nsignal.alarm(0)\n"
+                            "signal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(99)"}
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm workers", "one process each"])
+def test_a_program_that_hangs_fails_and_the_jobs_after_it_are_judged(judge, monkeypatch, warm):
+    monkeypatch.setattr(judge, "SECONDS", 0.5)
+    programs = list(HANGS.values())
+    start = time.perf_counter()
+    assert judge.judge(programs, [CUBE] * 4, warm) == [False] * 4
+    assert time.perf_counter() - start < 60  # only ends a hang
+    monkeypatch.setattr(judge, "SECONDS", 9.0)
+    programs = [RIGHT + "#" * i for i in range(8)]
+    assert judge.judge(programs, [CUBE] * 8, warm) == [True] * 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers here")
+def test_a_killed_worker_is_replaced(judge):
+    def kill_the_worker_of_a_thread() -> int:
+        judge.kill(judge.THREAD.worker)
+        return judge.THREAD.worker.returncode
+
+    programs = [RIGHT + "#" * i for i in range(16)]
+    assert judge.judge(programs[:8], [CUBE] * 8) == [True] * 8
+    assert judge.POOL.submit(kill_the_worker_of_a_thread).result() == -signal.SIGKILL
+    assert judge.judge(programs[8:], [CUBE] * 8) == [True] * 8
+
+
+@pytest.mark.parametrize("tests", [
+    "", "{", "[]", "{}", "7", "null", '{"inputs": ["1"]}', '{"inputs": [], "outputs": []}',
+    '{"inputs": ["1"], "outputs": []}', '{"inputs": [1], "outputs": [1]}',
+    '{"inputs": 1, "outputs": 1}'])
+def test_malformed_unit_tests_fail_and_are_refused_at_load(judge, tmp_path, base, tests):
+    assert judge.judge([RIGHT], [tests]) == [False]
+    assert smepo.reward(f"```\n{RIGHT}```", tests, "code") == 0.0
+    row = GOOD | {"reward_model": {"style": "rule", "ground_truth": tests or "x"}}
+    path = write_rows(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(UserError, match="line 1: the ground truth is no unit tests"):
+        smepo.load_problems(path, "none", base[1], settings(domain="code"))
+
+
+def test_the_reward_of_code_is_that_of_the_last_fenced_block():
+    block, wrong = f"```python\n{RIGHT}```", "```\nprint(8)\n```"
+    texts = [block, f"So:\n{wrong}\n{block}\nDone.", f"{block}\n{wrong}", RIGHT, f"```\n{RIGHT}",
+             "", "```python\n```"]
+    assert smepo.rewards(texts, [CUBE] * 7, "code") == [1, 1, 0, 0, 0, 0, 0]
+    assert [smepo.reward(text, CUBE, "code") for text in texts] == [1, 1, 0, 0, 0, 0, 0]
+    assert smepo.rewards([], [], "code") == []
+
+
+def test_a_batch_is_judged_in_one_call_and_rollouts_cut_off_are_not(base, judge, monkeypatch):
+    model, tokenizer = base
+    calls = []
+
+    def seen(texts, truths, domain):
+        calls.append((texts, truths, domain))
+        return [float(i % 2) for i in range(len(texts))]
+
+    monkeypatch.setattr(smepo, "rewards", seen)
+    p, q = problem(base), problem(base, answer="17")
+    eos = tokenizer.eos_token_id
+    monkeypatch.setattr(smepo, "sample", lambda *a: [[20, eos], [21], [22, eos], [23, 24]])
+    groups = smepo.rollout(model, tokenizer, [p, q], [False] * 2, 2, settings())
+    texts = tokenizer.batch_decode([[20], [22]])
+    assert calls == [([texts[0], "", texts[1], ""], ["16", "16", "17", "17"], "math")]
+    assert [group.rewards for group in groups] == [[0.0, 1.0]] * 2
+    assert [group.ended for group in groups] == [[True, False]] * 2
+    assert groups[1].completions == [[22, eos], [23, 24]]
+
+
+def code_rows(split: str) -> list[dict]:
+    lines = (TASKS / f"code_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_traces_of_the_code_toy_pass_their_tests_and_mask_without_a_leak():
+    lines = code_rows("train") + code_rows("test")
+    for row in lines:
+        trace, truth = row["teacher_ds"], row["reward_model"]["ground_truth"]
+        masked = smepo.mask_trace(trace, "code", truth)
+        assert masked == trace.split("```python\n")[0] + "```python\n[CODE]\n```"
+        assert not smepo.leaks(masked, truth, "code") and smepo.leaks(trace, truth, "code")
+    sampled = random.Random(0).sample(lines, 60)
+    texts, truths = zip(*[(row["teacher_ds"], row["reward_model"]["ground_truth"])
+                          for row in sampled], strict=True)
+    assert smepo.rewards(texts, truths, "code") == [1.0] * 60
+    assert smepo.rewards(texts, truths[1:] + truths[:1], "code") == [0.0] * 60
+
+
+def test_the_tests_of_the_code_toy_catch_every_wrong_line():
+    from tiny_tasks import coding
+
+    rng = random.Random(0)
+    for _ in range(300):
+        plan = coding.draw_problem(rng, 5)
+        question = coding.question_of(plan)
+        assert coding.problem_of(question) == plan
+        truth = json.loads(coding.unit_tests(question, plan))
+        for i in range(5):
+            lines = [*plan[:i], coding.wrong(rng, plan[i]), *plan[i + 1 :]]
+            given = [int(x) for x in truth["inputs"]]
+            printed = [str(coding.run(lines, x)) for x in given]
+            if printed == truth["outputs"]:  # then it prints the same for any input
+                assert all(coding.run(lines, x) == coding.run(plan, x) for x in range(-99, 99))
+
+
+def test_the_code_toy_never_draws_a_held_out_problem_in_pretraining_and_round_trips():
+    from tiny_tasks import coding, toys
+
+    tokenizer = smepo.AutoTokenizer.from_pretrained(TASKS / "base_code")
+    rng = random.Random(0)
+    drawn = [coding.draw_example(rng) for _ in range(4000)]
+    held_out = {row["question"] for row in code_rows("test")}
+    assert not any(toys.is_held_out(question) or question in held_out for question, _, _ in drawn)
+    assert not any(toys.is_held_out(row["question"]) for row in code_rows("train"))
+    for text in {text for example in drawn[:1000] for text in example}:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+        assert len(ids) < 64
+
+
+@pytest.fixture
+def code_base():
+    return smepo.load_model(TASKS / "base_code", settings())
+
+
+def code_settings(**changes) -> Config:
+    files = {"model": "base_code", "data": "code_train.jsonl", "test_data": "code_test.jsonl"}
+    files = {name: str(TASKS / file) for name, file in files.items()}
+    return settings(task="code", **files | changes)
+
+
+def test_calibration_of_the_shipped_base_of_code(code_base, judge):
+    from pretrain import calibrate
+
+    from tiny_tasks import coding
+
+    table = calibrate(coding, *code_base, code_settings(), count=250)
+    assert 0.45 <= table["none", 2][0] <= 0.70
+    assert table["none", 5][0] <= 0.05
+    assert table["semantic", 5][0] >= 0.15
+    size = sum(path.stat().st_size for path in (TASKS / "base_code").iterdir())
+    assert size <= 2**20
+
+
+def test_a_step_on_code_learns_from_the_tests_verdicts(code_base, judge):
+    config = code_settings(prompts_per_step=8, group_size=8, data=str(TASKS / "code_train.jsonl"))
+    model, tokenizer, optimizer, problems, _ = smepo.prepare(config.model, config)
+    before = [weight.clone() for weight in model.parameters()]
+    groups, metrics = smepo.train_step(model, tokenizer, optimizer, problems, 1, config)
+    for group in groups:
+        wanted = [end * smepo.reward(text, group.problem.answer, "code")
+                  for text, end in zip(group.texts, group.ended, strict=True)]
+        assert group.rewards == wanted
+    assert 0 < metrics["reward"] < 1 and metrics["leak_rate"] == 0 and metrics["guided"] == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

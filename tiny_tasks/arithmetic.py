@@ -140,8 +140,8 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     return question, text, solution(rng, problem, trace, spans)
 
 
-def altered(question: str, rng: random.Random) -> str:
-    """A trace like the expert's, but its results are wrong and carried on: not true, if copied."""
+def altered(question: str, rng: random.Random) -> tuple[str, str]:
+    """A trace like the expert's, but its results are wrong and carried on; and its answer."""
     numbers, operators = re.findall(r"\d+", question), re.findall("[-+*]", question)
     numbers = [int(number) for number in numbers]
     truth = solve(numbers, operators)[1]
@@ -149,4 +149,4 @@ def altered(question: str, rng: random.Random) -> str:
         wrong = solve(numbers, operators, lambda *operation: rng.choice(
             (-3, -2, -1, 1, 2, 3)) + apply_operator(*operation))
         if wrong and wrong[1] != truth:
-            return wrong[0]
+            return wrong[0], str(wrong[1])

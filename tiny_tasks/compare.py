@@ -49,17 +49,18 @@ KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "ro
 def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float:
     """Shown an altered trace: how often does the answer follow the trace, not the truth? nan if
     the toy has no such traces."""
-    altered = getattr(TOYS[config.task], "altered", None)
-    if altered is None:
+    toy = TOYS[config.task]
+    if not hasattr(toy, "altered"):
         return float("nan")
-    traces = [altered(problem.question, random.Random(problem.question)) for problem in problems]
+    altered = [toy.altered(problem.question, random.Random(problem.question))
+               for problem in problems]
     texts = [smepo.build_prompt(tokenizer, problem.question, trace)
-             for problem, trace in zip(problems, traces, strict=True)]
+             for problem, (trace, _) in zip(problems, altered, strict=True)]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     completions = smepo.sample(model, tokenizer, prompts, 1, config)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return sum(smepo.reward(text, smepo.stated(trace), config.domain)
-               for text, trace in zip(texts, traces, strict=True)) / len(problems)
+    said = [answer for _, answer in altered]
+    return sum(smepo.rewards(texts, said, config.domain)) / len(problems)
 
 
 @torch.no_grad()

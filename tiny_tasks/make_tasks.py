@@ -11,9 +11,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tiny_tasks import arithmetic, searching, toys  # noqa: E402
+from tiny_tasks import arithmetic, coding, searching, toys  # noqa: E402
 
-TOYS = {"arithmetic": arithmetic, "search": searching}
+TOYS = {"arithmetic": arithmetic, "code": coding, "search": searching}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -9,6 +9,7 @@ A toy is a module with these names. A problem is whatever the module likes.
     draw_example(rng)               (question, guide shown or "", solution to imitate): pretraining
     FILES                           {name: rows} of other files, where the toy needs any
     PRETRAIN_STEPS                  batches that its base is trained on
+    altered(question, rng)          where there is one: a wrong trace, and its ground truth
     PHRASES, WORDS, PIECES          the vocabulary of the base: whole phrases, words, how to split
 """
 
