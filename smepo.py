@@ -465,12 +465,13 @@ def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "
 
 def read_rows(path: str, wants_trace: bool):
     """Question, answer, trace and difficulty of each row, in the schema of the official data."""
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(path).suffix)
-    source = {"path": kind, "data_files": path} if kind else {"path": path}  # a hub dataset
+    kind = "parquet" if path.endswith(".parquet") else "json"
+    local = Path(path).is_file() or path.endswith((".parquet", ".jsonl", ".json"))
+    source = {"path": kind, "data_files": path} if local else {"path": path}
     try:
         rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # whatever a broken file makes the readers raise
-        kind = kind or "hub dataset"
+        kind = kind if local else "hub dataset"
         raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
     for line, row in enumerate(rows, start=1):
         row = (row.get("extra_info") or {}) | {key: row[key] for key in row if row[key] is not None}

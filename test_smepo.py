@@ -1018,7 +1018,7 @@ def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
 def test_calibration_of_the_shipped_base(base):
     from pretrain import calibrate
 
-    table = calibrate(arithmetic, *base, settings())
+    table = calibrate(arithmetic, *base, settings(), count=400)
     assert 0.45 <= table["none", 2][0] <= 0.60
     assert table["none", 5][0] <= 0.05
     assert table["semantic", 5][0] >= 0.15
@@ -1596,7 +1596,7 @@ def test_finished_jobs_are_not_run_again_and_the_summary_comes_from_their_files(
         tmp_path, capsys, monkeypatch):
     arguments = ["compare", "--arms", "none,semantic", "--seeds", "2", "--steps", "4"]
     given = compare.parse(arguments[1:])
-    jobs = compare.jobs_of(given, (1, 2), {}, Config().data)
+    jobs = compare.jobs_of(given, (1, 2), compare.RATES["arithmetic"], Config().data)
     for job in jobs:
         record = fake(job["arm"], job["seed"], [0.2, 0.3, 0.4, 0.4, 0.5], 1.0) | job
         record["curve"] = record["curve"][:4]
@@ -2284,7 +2284,7 @@ def test_calibration_of_the_shipped_base_of_code(code_base, judge):
 
     from tiny_tasks import coding
 
-    table = calibrate(coding, *code_base, code_settings(), count=250)
+    table = calibrate(coding, *code_base, code_settings(), count=150)
     assert 0.45 <= table["none", 2][0] <= 0.70
     assert table["none", 5][0] <= 0.05
     assert table["semantic", 5][0] >= 0.15
