@@ -303,37 +303,49 @@ def draw(records: list[dict], path: Path) -> None:
 
 def sweep_table(records: list[dict], out: Path) -> str:
     """Speed-up over GRPO of each arm, by how often the base solves the training problems."""
-    rows, points = [], {}
+    rows, kinds = [], {}
     for data, group in itertools.groupby(records, lambda record: record["data"]):
         arms, level = by_arm(list(group)), Path(data).stem[-1]
         level = level if level.isdigit() else max(records[0]["points"][0].keys() - {"mean"})
         grpo = {record["seed"]: record for record in arms["none"]}
         success = statistics.mean(record["points"][0][level] for record in arms["none"])
+        ratios = {arm: [speed_up(run, grpo[run["seed"]]) for run in runs]
+                  for arm, runs in arms.items()}
+        kinds[f"k = {level}, base {success:.2f}"] = arms, ratios
         for arm, runs in arms.items():
-            ratios = [speed_up(run, grpo[run["seed"]]) for run in runs]
-            points.setdefault(arm, []).append((success, ratios))
             rows.append([f"k = {level}", f"{success:.3f}", arm,
                          mean_error([run["final"]["pass@1"]["mean"] for run in runs]),
-                         mean_error(ratios, 2), f"{sum(map(bool, ratios))} of {len(ratios)}"])
+                         mean_error(ratios[arm], 2),
+                         f"{sum(map(bool, ratios[arm]))} of {len(ratios[arm])}"])
     text = table(("trained on", "base, unguided", "arm", "unguided mean",
                   "GRPO's seconds / seconds to its final mean, 0 for never", "get there"), rows)
     smepo.write(out / "sweep.md", text)
     if find_spec("matplotlib"):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for arm, values in points.items():
-            if arm != "none":
-                x, ratios = zip(*sorted(values), strict=True)
-                band(axes, arm, x, [list(row) for row in zip(*ratios, strict=True)],
-                     NAMES.get(arm, arm))
-        axes.axhline(1, color="#000000", linewidth=1, label="GRPO")
-        axes.set(xlabel="unguided success of the base on the training problems",
-                 ylabel="speed-up over GRPO", xscale="symlog", ylim=(0, None))
-        axes.legend(fontsize=8)
-        figure.savefig(out / "sweep.png", dpi=150)
+        draw_sweep(kinds, out / "sweep.png")
     return text
+
+
+def draw_sweep(kinds: dict, path: Path) -> None:
+    """A panel for each kind of training problems: unguided mean against steps, so where the curves
+    cross GRPO has caught up; last, every seed's speed-up."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(kinds) + 4, 3.4), layout="constrained")
+    *panels, speed = figure.subplots(1, len(kinds) + 1, width_ratios=[3] * len(kinds) + [4])
+    for i, (axes, (title, (arms, ratios))) in enumerate(zip(panels, kinds.items(), strict=True)):
+        for arm, group in arms.items():
+            steps = range(0, group[0]["steps"] + 1, group[0]["eval_every"])
+            band(axes, arm, steps, [[p["mean"] for p in record["points"]] for record in group],
+                 NAMES.get(arm, arm))
+            if arm != "none":
+                speed.plot([i] * len(group), ratios[arm], "o", color=STYLES[arm][0], alpha=0.6)
+        axes.set(title=title, xlabel="step", ylim=(0.2, 0.8))
+    panels[0].set(ylabel="unguided mean")
+    panels[0].legend(fontsize=8)
+    speed.axhline(1, color="#000000", linewidth=1)
+    speed.set_xticks(range(len(kinds)), [title.split(",")[0] for title in kinds])
+    speed.set(title="speed-up over GRPO (0: never)", ylim=(-0.5, None))
+    figure.savefig(path, dpi=120)
 
 
 def rates_table(records: list[dict], out: Path) -> str:
