@@ -23,40 +23,32 @@ Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--h
 """
 import argparse
 import ast
-import json
 import math
-import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
 import unicodedata
 import warnings
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from functools import lru_cache, partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
-from transformers.utils import logging
+from transformers import GenerationConfig, HfArgumentParser
+
+from tiny_tasks import files, judge  # nothing of the algorithm: the disk, the verifier of code
+from tiny_tasks.files import UserError, assert_finite, load_model
 
 # ---- Config: every field is a flag ---------------------------------------------------------------
-class UserError(Exception):
-    """Bad input, in one line: what is wrong and how to mend it. `main` exits with code 2."""
-
 def flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -87,7 +79,7 @@ class Config:
     group_size: int = flag(8, "G, rollouts of each problem (paper: 8)")
     mini_batches: int = flag(1, "optimizer steps a batch (paper: 4); at 1 no ratio leaves 1")
     inner_epochs: int = flag(1, "how often a rollout batch is used")
-    micro_batch: int = flag(128, "rows a forward; out of memory? halve it, the gradient stays")
+    micro_tokens: int = flag(2**15, "tokens a forward; out of memory? halve it, the gradient stays")
     generate_batch: int = flag(512, "rows a call of generate; bounds its KV cache")
     learning_rate: float = flag(2e-4, "of AdamW (paper, 8B parameters: 1e-6)")
     schedule: Literal["constant", "cosine"] = flag("constant", "the paper: cosine")
@@ -103,8 +95,7 @@ class Config:
     max_prompt_tokens: int = flag(256, "guides are shortened to it; longer questions are left out")
     max_new_tokens: int = flag(64, "sampled; a rollout without an end by then earns 0")
     max_turns: int = flag(8, "searches that a rollout may make")
-    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "what a search finds: rows of "
-                          "entity, relation and value")
+    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "entity, relation, value: of search")
     eval_every: int = flag(20, "steps between points of the accuracy curve")
     eval_samples: int = flag(4, "samples a test problem")
     save_every: int = flag(10, "steps between checkpoints")
@@ -114,17 +105,14 @@ class Config:
     threads: int = flag(1, "CPU threads; more help a model larger than the toy's")
 
     def __post_init__(self):
-        if self.system is None:
-            self.system = SYSTEM.get(self.domain, "")
+        self.system = SYSTEM.get(self.domain, "") if self.system is None else self.system
         self.domain = self.domain or {"arithmetic": "math"}.get(self.task, self.task)
-        bases = {"arithmetic": "tiny_tasks/base"}
-        self.model = self.model or bases.get(self.task, f"tiny_tasks/base_{self.task}")
+        self.model = self.model or f"tiny_tasks/base_{self.task}".removesuffix("_arithmetic")
         self.data = self.data or f"tiny_tasks/{self.task}_train.jsonl"
         self.test_data = self.test_data or f"tiny_tasks/{self.task}_test.jsonl"
         m, fraction = self.mini_batches, r"always|on-failure|0?\.\d+|[01](\.0*)?"
         devices = "auto", "cpu", str(torch.accelerator.current_accelerator(check_available=True))
-        rules = {
-            "name": (re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name), "a plain folder name"),
+        rules = {"name": (re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name), "a plain folder name"),
             "device": (self.device in devices, "auto or a device that is there"),
             "group_size": (self.group_size > 1, "2 or more: an advantage compares rollouts"),
             "mini_batches": (m > 0 and self.prompts_per_step % m == 0, "a divisor of the prompts"),
@@ -198,11 +186,8 @@ def rewards(texts: list[str], truths: list[str], domain: str) -> list[float]:
     fenced block, and right if it passes its tests; all are judged at once, as they run in parallel.
     """
     if domain == "code":
-        blocks = [FENCED.findall(text)[-1:] for text in texts]
-        jobs = [(*block, truth) for block, truth in zip(blocks, truths, strict=True) if block]
-        judge = import_module("tiny_tasks.judge").judge  # needed for code alone
-        verdicts = iter(judge(*zip(*jobs, strict=True)) if jobs else [])
-        return [float(bool(block) and next(verdicts)) for block in blocks]
+        programs = [(FENCED.findall(text) or [None])[-1] for text in texts]
+        return [float(passed) for passed in judge.judge(programs, truths)]
     said = zip(map(stated, texts), truths, strict=True)
     return [float(text != "" and same_answer(text, truth, domain)) for text, truth in said]
 
@@ -251,8 +236,7 @@ WORD = (rf"(?:(?:{'|'.join(sorted(VALUES, key=len)[::-1])})(?:th|s|ths)?|first|s
 SPELLED = rf"(?i:{WORD}(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*{END})"
 SELDOM = re.compile(r"(?i)ones?|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
 ROMAN = rf"(?:[IVXL]{{2,9}}|[IVXLCDM]{{4,15}}){END}"
-MATH = re.compile(
-    rf"{'|'.join(KEEP.values())}|{MASK}|"
+MATH = re.compile(rf"{'|'.join(KEEP.values())}|{MASK}|"
     rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
     rf"(?P<number>{FIGURES}|{START}(?:{SPELLED}|{ROMAN})|[{HAN}]{{2,}})|[{LATIN}]+", re.MULTILINE)
 
@@ -360,8 +344,7 @@ CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
        rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")  # O'Neil
 NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
 NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
-ENTITY = re.compile(
-    rf"(?m)</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
+ENTITY = re.compile(rf"(?m)</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
     rf"{START}(?i:step|hop|doc(?:ument)?|passage|source|result|thought|action|observation) ?\#?\d+|"
     rf"(?P<number>[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?"
     rf"(?: (?:{'|'.join(SCALES)}){END})?|{START}{SPELLED})|(?P<name>{NAME})|[{LATIN}]+")
@@ -463,55 +446,25 @@ def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "
     messages = build_messages(question, guide_text, system)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-def read_rows(path: str, wants_trace: bool):
-    """Question, answer, trace and difficulty of each row, in the schema of the official data."""
-    kind = "parquet" if path.endswith(".parquet") else "json"
-    local = Path(path).is_file() or path.endswith((".parquet", ".jsonl", ".json"))
-    source = {"path": kind, "data_files": path} if local else {"path": path}
-    try:
-        rows = datasets.load_dataset(**source, split="train")
-    except Exception as error:  # whatever a broken file makes the readers raise
-        kind = kind if local else "hub dataset"
-        raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
-    for line, row in enumerate(rows, start=1):
-        row = (row.get("extra_info") or {}) | {key: row[key] for key in row if row[key] is not None}
-        question, trace, rule = row.get("question"), row.get("teacher_ds"), row.get("reward_model")
-        answer = rule.get("ground_truth") if isinstance(rule, dict) else None
-        if answer is not None and not isinstance(answer, str):  # a number; the tests of a program
-            answer = json.dumps(answer, ensure_ascii=False)
-        needed = {"question": question, "reward_model.ground_truth": answer}
-        needed |= {"teacher_ds (expert trace)": trace} if wants_trace else {}
-        for name, value in needed.items():
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{path} line {line} has no {name}: add it or drop the row")
-        yield question, answer, trace or "", str(row.get("difficulty", "all"))
-
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
     """The problems of a file, and what the policy will be shown of their traces."""
-    problems, wants_trace = [], guide != "none" or (config.expert_coef and path == config.data)
-    too_long = 0
+    wants_trace = guide != "none" or (config.expert_coef and path == config.data)
+    rows, problems = list(files.read_rows(path, wants_trace, config.domain)), []
     def encode(question: str, shown: str) -> Ids:
         prompt = build_prompt(tokenizer, question, shown, config.system)
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template has all
 
-    for question, answer, trace, difficulty in read_rows(path, wants_trace):
+    for question, answer, trace, difficulty in rows:
         whole = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
                             seed=f"{config.seed} {question}")
-        if config.domain == "code":
-            try:
-                import_module("tiny_tasks.judge").cases(answer)
-            except ValueError as error:
-                where = f"{path} line {len(problems) + 1}"
-                raise UserError(f"{where}: the ground truth is no unit tests: {error}") from error
         asked, shown = encode(question, ""), whole
         if len(asked) > config.max_prompt_tokens:
-            too_long += 1
             continue
         while len(guided := encode(question, shown)) > config.max_prompt_tokens:
             shown = shown.rpartition("\n")[0]
         problems.append(Problem(question, answer, trace, difficulty, shown,
                                 leaks(shown, answer, config.domain), asked, guided, shown != whole))
-    if too_long:
+    if too_long := len(rows) - len(problems):
         print(f"{path}: {too_long} questions exceed --max_prompt_tokens and are left out")
     if not problems:
         raise UserError(f"{path} has no question within --max_prompt_tokens: raise it")
@@ -538,10 +491,6 @@ def pad(rows: list[Ids], pad_id: int, side: str, device) -> tuple[Tensor, Tensor
 def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding must not shift a prompt
 
-def assert_finite(value: float) -> None:
-    if not math.isfinite(value):
-        raise UserError("the model is not finite: this step is refused, lower --learning_rate")
-
 TOLD = re.compile(r"\n?<information>[^<]*</information>\n?")  # the environment's part of a dialogue
 
 def read_prompts(model, ids: Tensor, mask: Tensor):
@@ -555,9 +504,9 @@ def until_eos(ids: Ids, eos_ids: Ids) -> Ids:  # the first was sampled, generate
     return next((ids[: t + 1] for t, token in enumerate(ids) if token in eos_ids), ids)
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config) -> list[Ids]:
-    """`group_size` completions of each prompt: B lists of ids in, B*G lists out. In search, one
-    also ends with its first </search>."""
+def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config, stops=()):
+    """`group_size` completions of each prompt: B lists of ids in, B*G lists out. `stops`: what
+    else than an EOS ends one, as generate's stopping_criteria."""
     ids, mask = pad(prompts, tokenizer.pad_token_id, "left", model.device)  # (B, P)
     cache = read_prompts(model, ids[:, :-1], mask[:, :-1])  # generate reads the last token itself
     cache.batch_repeat_interleave(group_size)
@@ -566,60 +515,9 @@ def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config
         do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
         max_new_tokens=config.max_new_tokens, eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
-    asks = config.domain == "search"
-    stops = [partial(has_asked, tokenizer, ids.shape[1])] if asks else []
     rows = model.generate(ids, attention_mask=mask, past_key_values=cache, stopping_criteria=stops,
                           generation_config=settings)[:, ids.shape[1] :]  # (B*G, T)
-    rows = [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
-    return [until_asked(row, tokenizer) for row in rows] if asks else rows
-
-def has_asked(tokenizer, start: int, ids: Tensor, scores, **_) -> Tensor:
-    """Which rows of generate now end in </search>: at most 9 tokens, one a letter. (N,)"""
-    texts = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - 9) :])
-    return torch.tensor(["</search>" in text for text in texts], device=ids.device)
-
-def until_asked(ids: Ids, tokenizer) -> Ids:  # whose last token may hold more than the tag's end
-    return ids[: bisect_left(range(len(ids) + 1), True,
-                             key=lambda t: "</search>" in tokenizer.decode(ids[:t]))]
-
-@lru_cache
-def load_knowledge(path: str) -> dict[str, str]:
-    """{"capital of norway": "Oslo"}"""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return {f"{r['relation']} of {r['entity']}".casefold(): str(r["value"]) for r in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no jsonl of entity, relation, value: {error!r}") from error
-
-def look_up(text: str, path: str) -> str:
-    """What the environment says to <search>capital of Norway</search>: nothing, if it is unclear
-    or unknown. This is the place for a real search engine."""
-    query = re.search(r"<search>([^<]*)</search>", text)
-    found = load_knowledge(path).get(" ".join(query[1].split()).casefold(), "") if query else ""
-    return "\n" * (not text.endswith("\n")) + f"<information>{found}</information>\n"
-
-def converse(model, tokenizer, prompts: list[Ids], group_size: int, config: Config):
-    """As `sample`, but in search each query is answered and its row goes on. Also the marks, 1 for
-    a sampled token: what the environment told is context, without loss, and counts in no length."""
-    rows = sample(model, tokenizer, prompts, group_size, config)
-    marks = [[1] * len(row) for row in rows]
-    turn = dict(enumerate(rows)) if config.domain == "search" else {}  # what each row just said
-    for _ in range(config.max_turns):
-        texts = {i: tokenizer.decode(ids) for i, ids in turn.items()
-                 if sum(marks[i]) < config.max_new_tokens}
-        asked = {i: text for i, text in texts.items() if "</search>" in text}
-        if not asked:
-            break
-        told = [look_up(text, config.knowledge) for text in asked.values()]
-        told = tokenizer(told, add_special_tokens=False)["input_ids"]
-        for i, ids in zip(asked, told, strict=True):  # the sampled ids stay as they were sampled
-            rows[i], marks[i] = rows[i] + ids, marks[i] + [0] * len(ids)
-        contexts = [prompts[i // group_size] + rows[i] for i in asked]
-        turn = dict(zip(asked, sample(model, tokenizer, contexts, 1, config), strict=True))
-        for i, ids in turn.items():
-            del ids[config.max_new_tokens - sum(marks[i]) :]
-            rows[i], marks[i] = rows[i] + ids, marks[i] + [1] * len(ids)
-    return rows, marks
+    return [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
 
 def rollout(model, tokenizer, problems, guided, group_size: int, config: Config) -> list[Group]:
     """One group a problem, `guided` or not each, at most `generate_batch` rows at a time."""
@@ -627,7 +525,12 @@ def rollout(model, tokenizer, problems, guided, group_size: int, config: Config)
     prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     for start in range(0, len(problems), per_call):
         part = slice(start, start + per_call)
-        ids, marks = converse(model, tokenizer, prompts[part], group_size, config)
+        if config.domain == "search":  # of several turns; what the environment told is not marked
+            converse = import_module("tiny_tasks.dialogue").converse
+            ids, marks = converse(model, tokenizer, prompts[part], group_size, config)
+        else:
+            ids = sample(model, tokenizer, prompts[part], group_size, config)
+            marks = [[1] * len(row) for row in ids]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
         whole = [text if end else "" for text, end in zip(texts, ended, strict=True)]
@@ -705,9 +608,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     return loss, {"clip_fraction": ((clipped < ratio * A) & mask).sum() / mask.sum().clamp(min=1)}
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
-    """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO: it is
-    there to show what happens when the plan also enters the loss. Hidden spans and what the
-    environment told carry none."""
+    """Mean NLL of the trace's visible tokens, given the question alone: not of hidden spans, nor of
+    what the environment told. No part of SMEPO: it shows what a plan in the loss does."""
     text, spans = problem.trace, hidden_spans(problem.trace, domain, problem.answer)
     spans += [(*told.span(), "") for told in TOLD.finditer(text)]
     trace = tokenizer(text + tokenizer.eos_token, add_special_tokens=False,
@@ -718,7 +620,7 @@ def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tenso
     return -logprobs[0, visible].mean()
 
 def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> list[dict]:
-    """The rows of a mini-batch that have a gradient, at most `micro_batch` at a time. Advantage 0,
+    """The rows of a mini-batch that have a gradient, some `micro_tokens` at a time. Advantage 0,
     as in all-wrong and all-right groups, has none, so such rows are not scored; but they count in
     the divisor, of which each part carries its `share`."""
     A = group_advantages([g.rewards for g in groups], config.group_size, config.advantage_scale)
@@ -727,8 +629,9 @@ def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> l
     useful = [(*row, a) for row, a in zip(rows, A.tolist(), strict=True) if a]
     useful.sort(key=lambda row: len(row[0]) + len(row[1]))  # equal lengths need no padding
     parts, total = [], sum(sum(marks) for _, _, marks in rows)
-    for start in range(0, len(useful), config.micro_batch):
-        some = useful[start : start + config.micro_batch]
+    while useful:  # the longest first: if they fit into memory, all will
+        count = max(1, config.micro_tokens // (len(useful[-1][0]) + len(useful[-1][1])))
+        some, useful = useful[-count:], useful[:-count]
         prompts, completions, marks, a = zip(*some, strict=True)
         prompt_ids, prompt_mask = pad(prompts, pad_id, "left", device)  # (N, P)
         completion_ids, seen = pad(completions, pad_id, "right", device)  # (N, T)
@@ -792,106 +695,6 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
         m, e = torch.tensor(list(row.values())).T  # every difficulty weighs the same
         row["mean"] = [m.mean().item(), (e.square().sum().sqrt() / len(e)).item()]
     return table | {"seconds_evaluation": time.perf_counter() - start}
-# ---- The run folder: at whatever instant the process dies, --resume works ------------------------
-def open_run(config: Config) -> tuple[Path, Path | str]:
-    """The run folder, new or with --resume of the same settings, and the model to start from."""
-    folder, settings = Path("runs") / config.name, asdict(config)
-    path, saved, old = (folder / name for name in ("config.json", "checkpoint", "checkpoint.old"))
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        free = {key: settings[key] for key in ("resume", "steps", "device", "micro_batch")}
-        was = "".join(f" --{k} {v}" for k, v in (before | free).items() if settings.get(k) != v)
-        if was or not config.resume:
-            raise UserError(f"{folder} holds a run: go on with --resume{was} or take a new --name")
-    if old.exists() and not saved.exists():  # died between the two renames of save_checkpoint
-        os.replace(old, saved)
-    return folder, saved if saved.exists() else config.model
-
-def save_checkpoint(folder: Path, name: str, model, tokenizer, optimizer, step: int) -> None:
-    """Write it aside, then swap it in: two renames, as no system replaces a folder in one."""
-    new, current, old = (folder / f"{name}{suffix}" for suffix in (".new", "", ".old"))
-    for stale in (new, old):  # left by a process that died
-        shutil.rmtree(stale, ignore_errors=True)
-    assert_finite(sum(weight.sum().item() for weight in model.parameters()))
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    # each step seeds its own sampling, so no RNG state is kept; the logs are cut to these sizes
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
-    torch.save(sizes | {"step": step, "optimizer": optimizer.state_dict()}, new / "training.pt")
-    if current.exists():
-        os.replace(current, old)
-    os.replace(new, current)
-    shutil.rmtree(old, ignore_errors=True)
-
-def restore(folder: Path, optimizer, config: Config) -> int:
-    """Write config.json, load the optimizer, cut the logs to the checkpoint; the steps it has."""
-    state, saved = {"step": 0}, folder / "checkpoint" / "training.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", json.dumps(asdict(config), indent=2))
-    if saved.exists():
-        state = torch.load(saved, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    for path in filter(Path.exists, (folder / "metrics.jsonl", folder / "rollouts.jsonl")):
-        os.truncate(path, state.get(path.name, 0))
-    return state["step"]
-
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing: written aside, then swapped in."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-def append(path: Path, records: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-PLAIN_TEMPLATE = (  # for base models
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
-
-def load_model(path: str | Path, config: Config):
-    """Model, in float32 and without dropout (which would bend the ratio), and tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # whatever a broken folder makes the loaders raise
-        raise UserError(f"--model {path} is no model: {str(error).strip()[:99]!r}") from error
-    if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer in {path} has no eos_token: set one and save it there")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding goes by position
-    if tokenizer.chat_template is None:
-        print(f"{path} has no chat template: a plain one is used", file=sys.stderr)
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    for module in model.modules():  # no dropout in train mode, either: checkpointing needs that
-        for name in ("p", *(name for name in vars(module) if "drop" in name)):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    # a model can have several EOS ids; whatever else its folder recommends would bend the rollouts
-    eos_ids = model.generation_config.eos_token_id or []
-    eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids))
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model.to(best if config.device == "auto" else config.device).eval()
-    check_head(model, path)
-    for part in (model.base_model, model.get_output_embeddings()):  # weights stay float32
-        part.forward = torch.autocast(model.device.type, torch.bfloat16,
-                                      enabled=model.device.type != "cpu")(part.forward)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, tokenizer
-
-@torch.no_grad()
-def check_head(model, path) -> None:
-    """token_logprobs reads the head alone: a model that rescales its logits would be misread."""
-    ids = torch.arange(4, device=model.device)[None]
-    states = model.base_model(ids, use_cache=False).last_hidden_state
-    if not torch.allclose(model.get_output_embeddings()(states), model(ids).logits,
-                          atol=1e-3, equal_nan=True):
-        raise UserError(f"--model {path} rescales its logits: token_logprobs cannot")
 # ---- Training, and what the reader sees ----------------------------------------------------------
 def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
     """Sample, reward, learn; returns the groups and the metrics (README: glossary)."""
@@ -911,8 +714,7 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
     equal, first = rewards.amax(1) == rewards.amin(1), rewards[:, 0]  # (B,)
     lengths = [sum(marks) for group in groups for marks in group.sampled]
     length, shown = sum(lengths) / len(lengths), [g.problem for g in groups if g.guided]
-    return groups, {
-        "step": step, "reward": rewards.mean().item(), "completion_length": length,
+    return groups, {"step": step, "reward": rewards.mean().item(), "completion_length": length,
         "zero_variance_wrong": (equal & (first == 0)).float().mean().item(),
         "zero_variance_right": (equal & (first > 0)).float().mean().item(),
         "truncated": 1 - sum(sum(group.ended) for group in groups) / len(lengths),
@@ -932,7 +734,7 @@ def prepare(start: Path | str, config: Config):
     """Model, tokenizer, optimizer, the problems to train on and the held-out ones."""
     torch.set_num_threads(config.threads)
     if config.domain == "search":
-        load_knowledge(config.knowledge)  # refuse a broken file before the run begins
+        import_module("tiny_tasks.dialogue").load_knowledge(config.knowledge)  # or refuse it now
     model, tokenizer = load_model(start, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config)
@@ -942,86 +744,47 @@ def prepare(start: Path | str, config: Config):
 
 def train(config: Config) -> Path:
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
-    folder, start = open_run(config)
+    folder, start = files.open_run(config)
     model, tokenizer, optimizer, problems, tests = prepare(start, config)
-    done = restore(folder, optimizer, config)
+    done = files.restore(folder, optimizer, config)
     if done == 0:
-        show_start(model, tokenizer, problems, tests, config)
-        append(folder / "metrics.jsonl", [{"step": 0} | evaluate(model, tokenizer, tests, config)])
+        torch.manual_seed(config.seed)
+        group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
+        files.show_start(model, problems, tests, group, config)
+        files.append(folder, "metrics", [{"step": 0} | evaluate(model, tokenizer, tests, config)])
     bar, shown = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps), {}
     for step in bar:
         groups, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
         if step == config.steps or step % config.eval_every == 0:
             metrics |= evaluate(model, tokenizer, tests, config)
             shown["unguided"] = metrics["pass@1"]["mean"][0]
-            if shown["unguided"] > max(r["pass@1"]["mean"][0] for r in read_metrics(folder)
-                                      if "pass@1" in r):
-                save_checkpoint(folder, "best", model, tokenizer, optimizer, step)
-        append(folder / "metrics.jsonl", [metrics])
-        append(folder / "rollouts.jsonl", [
+            if shown["unguided"] > files.best_accuracy(folder):
+                files.save_checkpoint(folder, "best", model, tokenizer, optimizer, step)
+        files.append(folder, "metrics", [metrics])
+        files.append(folder, "rollouts", [
             {"step": step, "question": g.problem.question, "rewards": g.rewards,
              "guide": g.problem.guide if g.guided else "", "completions": g.texts} for g in groups])
         if STOP or step == config.steps or step % config.save_every == 0:
-            save_checkpoint(folder, "checkpoint", model, tokenizer, optimizer, step)
-        shown |= {key: metrics[key] for key in metrics if key.startswith(("reward", "zero"))}
-        bar.set_postfix(shown)
+            files.save_checkpoint(folder, "checkpoint", model, tokenizer, optimizer, step)
+        bar.set_postfix(shown | {k: metrics[k] for k in metrics if re.match("reward|zero", k)})
         if STOP:
             raise KeyboardInterrupt
     return folder
 
-def show_start(model, tokenizer, problems: list[Problem], tests: list[Problem], config: Config):
-    print(f"model {config.model}, {model.num_parameters() / 1e6:.2f} M parameters, {model.device}\n"
-          f"data  {len(problems)} problems to train on, {len(tests)} held-out, asked unguided\n"
-          f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} leak\n"
-          f"train {config.steps} steps of {config.prompts_per_step} problems x {config.group_size} "
-          f"rollouts, learning rate {config.learning_rate:g}, seed {config.seed}")
-    torch.manual_seed(config.seed)
-    group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
-    for title, text in {"question": problems[0].question, "expert trace": problems[0].trace,
-                        "what the policy is shown": problems[0].guide or "(nothing)",
-                        "a completion": group.texts[0], "its reward": group.rewards[0]}.items():
-        print(f"\n{title}\n    " + str(text).replace("\n", "\n    "))
-
-def report(folder: Path) -> None:
-    """The table before -> after, and curve.png where matplotlib is installed."""
-    steps = read_metrics(folder)
-    points = [record for record in steps if "pass@1" in record]
-    print(f"\nunguided accuracy  step 0           step {points[-1]['step']:<11} change")
-    for level, (mean, error) in points[0]["pass@1"].items():
-        after, e = points[-1]["pass@1"][level]
-        row = f"{mean:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - mean:+.3f}"
-        print(f"difficulty {level:<6}  {row}")
-    if not find_spec("matplotlib"):
-        return print("no curve.png: it needs matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot(*zip(*[(r["step"], r["reward"]) for r in steps[1:]], strict=True), "0.6",
-              label="training reward, as guided")
-    axes.errorbar(*zip(*[(r["step"], *r["pass@1"]["mean"]) for r in points], strict=True),
-                  marker="o", label="unguided accuracy")
-    axes.set(xlabel="step", ylim=(0, 1), title=folder.name)
-    axes.legend()
-    figure.savefig(folder / "curve.png", dpi=150)
-
 def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    files.quiet()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
                               usage="smepo.py [--flag value ...], smepo.py mask, compare or export")
     try:
         if arguments[:1] in (["mask"], ["compare"], ["export"]):
-            sys.modules.setdefault("smepo", sys.modules[__name__])
             import_module(f"tiny_tasks.{arguments[0]}").main(arguments[1:])
             return 0
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:
             raise UserError(f"unknown flag {rest[0]}: --help lists them all")
-        report(folder := train(config))
-        print(f"\n{folder} holds it all; {time.perf_counter() - start:.0f} s")
+        files.report(train(config), start)
         return 0
     except (UserError, argparse.ArgumentError, OSError) as error:
         print(f"smepo.py: {error}", file=sys.stderr)
@@ -1031,6 +794,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
+    sys.modules["smepo"] = sys.modules[__name__]  # what tiny_tasks imports: this very module
     sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
     signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

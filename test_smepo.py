@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from transformers import (
@@ -34,7 +35,7 @@ from transformers import (
 
 import smepo
 from smepo import Config, Group, Problem, UserError
-from tiny_tasks import arithmetic, compare
+from tiny_tasks import arithmetic, compare, dialogue, files
 
 HERE = Path(smepo.__file__).resolve().parent
 TASKS = HERE / "tiny_tasks"
@@ -45,8 +46,7 @@ TIMES = ("seconds_", "rollouts_per_second", "tokens_per_second")
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
-    smepo.logging.disable_progress_bar()
-    smepo.datasets.disable_progress_bars()
+    files.quiet()
 
 
 @pytest.fixture(autouse=True)
@@ -786,10 +786,15 @@ def gradient_of(policy, groups, **changes) -> torch.Tensor:
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
 def test_micro_batch_size_does_not_change_the_gradient(fresh_base, aggregation):
     groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [0.0] * 4, [0.0, 1, 1, 1])]
-    whole = gradient_of(fresh_base, groups, micro_batch=999, aggregation=aggregation)
+    lengths = sorted(len(g.prompt_ids) + len(ids) for g in (groups[0], groups[2])
+                     for ids in g.completions)
+    whole = gradient_of(fresh_base, groups, micro_tokens=10**6, aggregation=aggregation)
     assert whole.abs().max() > 1e-3
-    for size in (1, 2, 3, 5):
-        part = gradient_of(fresh_base, groups, micro_batch=size, aggregation=aggregation)
+    for size, counts in ((1, [1] * 8), (3 * lengths[-1], None), (10**6, [8])):
+        parts = smepo.micro_batches(groups, 0, "cpu", settings(micro_tokens=size))
+        rows = [len(part["A"]) for part in parts]
+        assert rows == counts if counts else rows[0] == 3 and sum(rows) == 8
+        part = gradient_of(fresh_base, groups, micro_tokens=size, aggregation=aggregation)
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -798,7 +803,7 @@ def test_update_has_the_gradient_of_the_whole_unskipped_loss(fresh_base, aggrega
     """Skipping, sorting, splitting and padding together equal one loss over all B*G rows."""
     model, tokenizer = fresh_base
     groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [1.0] * 4, [0.0] * 4)]
-    ours = gradient_of(fresh_base, groups, micro_batch=3, aggregation=aggregation)
+    ours = gradient_of(fresh_base, groups, micro_tokens=100, aggregation=aggregation)
     model.zero_grad()
     A = smepo.group_advantages(torch.tensor([g.rewards for g in groups]), 4)
     losses, tokens = [], sum(len(ids) for g in groups for ids in g.completions)
@@ -1098,9 +1103,9 @@ def test_killed_anywhere_a_run_resumes_to_the_same_weights_and_metrics(
     config = small(tmp_path, **RESUMED)
     whole = smepo.train(dataclasses.replace(config, name="whole"))
     owner, name = {
-        "sample": (smepo, "sample"), "append": (smepo, "append"), "os.replace": (os, "replace"),
+        "sample": (smepo, "sample"), "append": (files, "append"), "os.replace": (os, "replace"),
         "save_pretrained": (LlamaForCausalLM, "save_pretrained"), "torch.save": (torch, "save"),
-        "shutil.rmtree": (smepo.shutil, "rmtree"),
+        "shutil.rmtree": (shutil, "rmtree"),
     }[point]  # fmt: skip
     real, calls = getattr(owner, name), []
 
@@ -1138,7 +1143,7 @@ def test_a_kill_between_the_two_renames_loses_no_step(tmp_path):
     config = small(tmp_path, steps=2)
     folder = smepo.train(config)
     os.replace(folder / "checkpoint", folder / "checkpoint.old")
-    _, start = smepo.open_run(dataclasses.replace(config, resume=True))
+    _, start = files.open_run(dataclasses.replace(config, resume=True))
     assert start == folder / "checkpoint" and (start / "training.pt").exists()
 
 
@@ -1267,7 +1272,7 @@ def test_foreign_files_in_a_run_folder_are_left_alone(tmp_path):
 
 
 def test_a_run_without_matplotlib_still_ends_with_its_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(smepo, "find_spec", lambda _: None)
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
     assert smepo.main(flags(small(tmp_path, steps=1))) == 0
     shown = capsys.readouterr().out
     assert "difficulty mean" in shown and "matplotlib" in shown
@@ -1277,7 +1282,7 @@ def test_a_run_without_matplotlib_still_ends_with_its_table(tmp_path, capsys, mo
 def test_parquet_loads_like_jsonl(tmp_path, base):
     lines = rows("train", 5)
     path = str(tmp_path / "rows.parquet")
-    smepo.datasets.Dataset.from_list(lines).to_parquet(path)
+    datasets.Dataset.from_list(lines).to_parquet(path)
     ours = smepo.load_problems(path, "semantic", base[1], settings())
     jsonl = write_rows(tmp_path / "rows.jsonl", lines)
     assert ours == smepo.load_problems(jsonl, "semantic", base[1], settings())
@@ -1415,7 +1420,7 @@ def test_rows_may_be_nested_and_tests_may_be_no_text(tmp_path):
     row = {"extra_info": {"question": "Add one.", "teacher_ds": "```python\nx\n```", "index": 3},
            "reward_model": {"style": "rule", "ground_truth": tests}}
     path = write_rows(tmp_path / "rows.jsonl", [row])
-    (question, answer, trace, _), = smepo.read_rows(path, wants_trace=True)
+    (question, answer, trace, _), = files.read_rows(path, wants_trace=True)
     assert (question, trace) == ("Add one.", "```python\nx\n```") and json.loads(answer) == tests
 
 
@@ -1651,7 +1656,7 @@ def search_rows(split: str) -> list[dict]:
 
 
 def told(text: str) -> str:
-    return smepo.look_up(text, searching_settings().knowledge)
+    return dialogue.look_up(text, searching_settings().knowledge)
 
 
 def test_the_environment_answers_a_query_and_nothing_else():
@@ -1690,7 +1695,7 @@ def follow(monkeypatch, tokenizer, scripts) -> list:
     """Put scripts, one a prompt, in the place of the policy; returns the contexts of each call."""
     scripts, calls = [iter(script) for script in scripts], []
 
-    def sample(model, tokenizer, contexts, group_size, config):
+    def sample(model, tokenizer, contexts, group_size, config, stops):
         calls.append(contexts)
         turns = [next(scripts[ids[0]]).replace("|", tokenizer.eos_token) for ids in contexts]
         return tokenizer(turns, add_special_tokens=False)["input_ids"]
@@ -1703,7 +1708,7 @@ def test_rows_of_a_batch_go_on_until_each_has_its_own_end(searcher, monkeypatch)
     tokenizer = searcher[1]
     config, prompts = searching_settings(max_turns=3), [[i] for i in range(5)]
     calls = follow(monkeypatch, tokenizer, SCRIPTS)
-    rows, marks = smepo.converse(None, tokenizer, prompts, 1, config)
+    rows, marks = dialogue.converse(None, tokenizer, prompts, 1, config)
     assert [len(call) for call in calls] == [5, 4, 2, 1]  # only open rows; the fourth is stopped
     nothing = "\n<information></information>\n"
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -1733,7 +1738,7 @@ def test_the_token_limit_counts_what_was_sampled_over_all_turns(searcher, monkey
     for limit in range(query, 3 * query + 1):
         calls = follow(monkeypatch, tokenizer, [[ASK] * 9])
         config = searching_settings(max_new_tokens=limit)
-        rows, marks = smepo.converse(None, tokenizer, [[0]], 1, config)
+        rows, marks = dialogue.converse(None, tokenizer, [[0]], 1, config)
         assert sum(marks[0]) == limit and len(calls) == math.ceil(limit / query)
         assert marks[0][-1] == 1  # nothing is told to a row that may say no more
         assert tokenizer.decode(rows[0]).startswith(ASK)
@@ -1772,7 +1777,7 @@ def test_a_turn_ends_with_a_tag_of_several_tokens(monkeypatch, last, pad):
     config = searching_settings()
     # the guide in a prompt holds the tag, too: only what is sampled after it can end the turn
     prompts = [[5, 3], [*asks, 3], [*asks, *asks, 4], [5, asks[4]]]
-    rows = smepo.sample(model, tokenizer, prompts, 2, config)
+    rows = dialogue.speak(model, tokenizer, prompts, 2, config)
     tail = [asks[5], more, 4, eos]  # without "</search" before it, this is not the tag
     assert rows == [asks] * 4 + [[eos]] * 2 + [tail] * 2
     math_rows = smepo.sample(model, tokenizer, prompts, 2, settings())
@@ -1822,7 +1827,7 @@ def test_what_was_told_has_no_gradient_and_no_place_in_the_divisor(fresh_base, a
         for marks in group.sampled:
             marks[1:-1] = [i % 3 % 2 for i in range(len(marks) - 2)]
     ours = gradient_of(fresh_base, groups, aggregation=aggregation)
-    part = gradient_of(fresh_base, groups, aggregation=aggregation, micro_batch=2)
+    part = gradient_of(fresh_base, groups, aggregation=aggregation, micro_tokens=100)
     model.zero_grad()
     A = smepo.group_advantages([g.rewards for g in groups], 4).tolist()
     rows = [(g.prompt_ids, *row) for g in groups
@@ -1988,7 +1993,7 @@ def test_official_rows_of_math_and_code_round_trip_through_load_mask_and_export(
                "reward_model": {"style": "rule", "ground_truth": truth}, "teacher_ds": trace,
                "extra_info": {"index": 7, "split": "train"}}
         path = str(tmp_path / f"{domain}.parquet")
-        smepo.datasets.Dataset.from_list([row] * 3).to_parquet(path)
+        datasets.Dataset.from_list([row] * 3).to_parquet(path)
         written = export(tmp_path, "--format", "verl", "--domain", domain, data=path)
         assert len(written) == 3
         for out in written:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import smepo
-from tiny_tasks import toys
+from tiny_tasks import files, toys
 from tiny_tasks.make_tasks import TOYS
 
 ARMS = {
@@ -88,8 +88,7 @@ def run_job(job: dict, tick) -> dict:
     """Train one arm with one seed; `tick` is called after every step. Returns what is kept."""
     config = smepo.Config(**ARMS[job["arm"]], steps=job["steps"], seed=job["seed"],
                           learning_rate=job["learning_rate"], task=job["task"], data=job["data"])
-    smepo.logging.disable_progress_bar()
-    smepo.datasets.disable_progress_bars()
+    files.quiet()
     model, tokenizer, optimizer, problems, tests = smepo.prepare(config.model, config)
     once, often = replace(config, eval_samples=1), replace(config, eval_samples=8)
     torch.manual_seed(config.seed)  # each later step seeds its own sampling
@@ -122,7 +121,7 @@ def file_of(job: dict, out: Path) -> Path:
 
 
 def run_job_to_file(job: dict, out: Path, ticks) -> None:
-    smepo.write(file_of(job, out), json.dumps(run_job(job, lambda: ticks.put(1))))
+    files.write(file_of(job, out), json.dumps(run_job(job, lambda: ticks.put(1))))
 
 
 def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
@@ -149,7 +148,7 @@ def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
             raise
     bar.close()
     texts = [file_of(job, out).read_text(encoding="utf-8") for job in jobs]
-    smepo.write(out / "runs.jsonl", "".join(text + "\n" for text in texts))
+    files.write(out / "runs.jsonl", "".join(text + "\n" for text in texts))
     return [json.loads(text) for text in texts]
 
 
@@ -250,7 +249,7 @@ def summarize(records: list[dict], out: Path) -> str:
         table(("arm", "groups all wrong, first fifth", "all right", "all wrong, last fifth",
                "all right", "leak rate", "copy rate", "hint reliance, nats"),
               [[arm, *why(group)] for arm, group in arms.items()])))
-    smepo.write(out / "summary.md", text)
+    files.write(out / "summary.md", text)
     return text
 
 
@@ -319,7 +318,7 @@ def sweep_table(records: list[dict], out: Path) -> str:
                          f"{sum(map(bool, ratios[arm]))} of {len(ratios[arm])}"])
     text = table(("trained on", "base, unguided", "arm", "unguided mean",
                   "GRPO's seconds / seconds to its final mean, 0 for never", "get there"), rows)
-    smepo.write(out / "sweep.md", text)
+    files.write(out / "sweep.md", text)
     if find_spec("matplotlib"):
         draw_sweep(kinds, out / "sweep.png")
     return text
@@ -357,7 +356,7 @@ def rates_table(records: list[dict], out: Path) -> str:
                       if record["learning_rate"] == rate]
             rows.append([arm, f"{rate:g}", mean_error(finals)])
     text = table(("arm", "learning rate", "unguided mean"), rows)
-    smepo.write(out / "rates.md", text)
+    files.write(out / "rates.md", text)
     return text
 
 
@@ -378,7 +377,7 @@ def training_file(task: str, k: int, out: Path) -> Path:
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         rows = toys.draw_rows(TOYS[task], k, {k: 2000}, held_out=False)
-        smepo.write(path, toys.to_jsonl(rows).decode())
+        files.write(path, toys.to_jsonl(rows).decode())
     return path
 
 

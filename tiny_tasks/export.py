@@ -11,6 +11,7 @@ import datasets
 from tqdm import tqdm
 
 import smepo
+from tiny_tasks import files
 
 def to_trl(messages: list[dict], problem: tuple, domain: str, index: int) -> dict:
     """TRL: a conversational prompt; its other columns are handed to the reward function."""
@@ -32,7 +33,7 @@ FORMATS = {"trl": to_trl, "verl": to_verl}
 def guided_rows(given: argparse.Namespace) -> tuple[list[dict], int, int]:
     """The rows to write, how many were read, and how many of their guides leak the answer."""
     rows, leaky = [], 0
-    problems = list(smepo.read_rows(given.data, wants_trace=given.guide != "none"))
+    problems = list(files.read_rows(given.data, wants_trace=given.guide != "none"))
     for index, problem in enumerate(tqdm(problems)):
         question, answer, trace, _ = problem
         guide = smepo.guide_trace(trace, given.guide, given.domain, answer, given.prefix_ratio,

@@ -12,6 +12,7 @@ from statistics import mean
 from tqdm import tqdm
 
 import smepo
+from tiny_tasks import files
 
 Cells = list[tuple[str, bool]]  # characters, and whether each is hidden or a mask
 
@@ -65,7 +66,7 @@ def show_trace(trace: str, domain: str, answer: str) -> None:
 
 def show_data(path: str, domain: str) -> None:
     """Leak rate, spans a trace and the share of text kept of each arm, over a whole file."""
-    rows, arms = list(smepo.read_rows(path, wants_trace=True)), {}
+    rows, arms = list(files.read_rows(path, wants_trace=True)), {}
     for question, answer, trace, _ in tqdm(rows):
         semantic = smepo.hidden_spans(trace, domain, answer)
         chosen = smepo.random_spans(trace, semantic, f"0 {question}")

@@ -22,12 +22,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smepo  # noqa: E402
-from tiny_tasks import toys  # noqa: E402
+from tiny_tasks import files, toys  # noqa: E402
 from tiny_tasks.compare import copy_rate  # noqa: E402
 from tiny_tasks.make_tasks import TOYS  # noqa: E402
 
@@ -148,8 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the model folder, else the task's")
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    smepo.datasets.disable_progress_bars()
+    files.quiet()
     start, toy = time.perf_counter(), TOYS[arguments.task]
     config = smepo.Config(task=arguments.task, device="cpu")
     out = arguments.out or HERE.parent / config.model
