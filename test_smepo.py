@@ -23,6 +23,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -2261,7 +2262,7 @@ def test_the_tests_of_the_code_toy_catch_every_wrong_line():
 def test_the_code_toy_never_draws_a_held_out_problem_in_pretraining_and_round_trips():
     from tiny_tasks import coding, toys
 
-    tokenizer = smepo.AutoTokenizer.from_pretrained(TASKS / "base_code")
+    tokenizer = AutoTokenizer.from_pretrained(TASKS / "base_code")
     rng = random.Random(0)
     drawn = [coding.draw_example(rng) for _ in range(4000)]
     held_out = {row["question"] for row in code_rows("test")}
@@ -2290,9 +2291,11 @@ def test_calibration_of_the_shipped_base_of_code(code_base, judge):
     from tiny_tasks import coding
 
     table = calibrate(coding, *code_base, code_settings(), count=150)
-    assert 0.45 <= table["none", 2][0] <= 0.70
+    assert 0.40 <= table["none", 2][0] <= 0.70
     assert table["none", 5][0] <= 0.05
-    assert table["semantic", 5][0] >= 0.15
+    assert table["semantic", 5][0] >= 0.12
+    assert table["full", 5][0] >= 0.9  # it copies a program that it is shown,
+    assert table["altered", 5][0] >= 0.85  # whatever its plan says
     size = sum(path.stat().st_size for path in (TASKS / "base_code").iterdir())
     assert size <= 2**20
 

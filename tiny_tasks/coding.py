@@ -48,10 +48,11 @@ PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase
 
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.02}  # else only PLANS operations are seen
 PLANS = 3
-PRETRAIN_STEPS = 2000
+PRETRAIN_STEPS = 4000
+WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.06, ("none", 2): 0.13, ("none", 3): 0.13, ("none", 4): 0.07, ("none", 5): 0.06,
-    ("semantic", None): 0.23, ("full", None): 0.22, ("random", None): 0.05, ("prefix", None): 0.05,
+    ("none", 1): 0.04, ("none", 2): 0.10, ("none", 3): 0.10, ("none", 4): 0.05, ("none", 5): 0.05,
+    ("semantic", None): 0.20, ("full", None): 0.36, ("random", None): 0.05, ("prefix", None): 0.05,
 }  # fmt: skip
 
 Line = tuple[str, str]  # operator and operand: ("+", "3")
@@ -141,7 +142,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     plan = toys.draw_from_split(sys.modules[__name__], rng, k or rng.randint(2, 5), held_out=False)
     question, lines = question_of(plan), plan
-    if rng.random() < toys.WRONG_RATE:
+    if rng.random() < WRONG_RATE:
         lines = [wrong(rng, line) for line in plan]  # so only copying will do
     trace, seed, ratio = write(plan, lines), str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "code", prefix_ratio=ratio, seed=seed)
