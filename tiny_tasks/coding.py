@@ -46,7 +46,7 @@ WORDS = [
 PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
           r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]  # fmt: skip
 
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.02}  # else only PLANS operations are seen
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.04, 5: 0.0}  # else only PLANS operations are seen
 PLANS = 3
 PRETRAIN_STEPS = 4000
 WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies

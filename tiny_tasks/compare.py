@@ -425,8 +425,8 @@ def main(arguments: list[str]) -> None:
         print(rates_table(run_all(jobs, out, given.jobs), out))
     elif given.sweep:
         toy = TOYS[given.task]
-        files = [data if k in toy.TRAIN else training_file(given.task, k, out) for k in toy.TEST]
-        jobs = [job for path in files for job in jobs_of(given, seeds, rates, path)]
+        paths = [data if k in toy.TRAIN else training_file(given.task, k, out) for k in toy.TEST]
+        jobs = [job for path in paths for job in jobs_of(given, seeds, rates, path)]
         print(sweep_table(run_all(jobs, out, given.jobs), out))
     else:
         records = run_all(jobs_of(given, seeds, rates, data), out, given.jobs)

@@ -57,8 +57,8 @@ def refuse(folder: str, event: str, arguments: tuple) -> None:
     if outside or event.startswith(tuple(REFUSED)):
         raise PermissionError(event)
 
-def execute(program: str, seconds: float) -> None:
-    """Run the program under the limits, and end the process: with status 0 if all went well."""
+def execute(program, seconds: float) -> None:
+    """Run the compiled program under the limits, and end the process: with status 0 if all went well."""
     status = 1
     try:
         os.environ.clear()
@@ -69,7 +69,7 @@ def execute(program: str, seconds: float) -> None:
             signal.setitimer(signal.ITIMER_REAL, seconds)  # an alarm ends the process
         sys.addaudithook(partial(refuse, os.path.realpath(os.getcwd()) + os.sep))
         try:
-            exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+            exec(program, {"__name__": "__main__"})
             status = 0
         except SystemExit as end:
             status = int(end.code not in (None, 0))
@@ -80,7 +80,7 @@ def execute(program: str, seconds: float) -> None:
     finally:
         os._exit(status)  # without a traceback
 
-def run_forked(stdin: int, stdout: int, program: str, given: str, seconds: float) -> str | None:
+def run_forked(stdin: int, stdout: int, program, given: str, seconds: float) -> str | None:
     """What the program prints, None if it fails: in a fork of this process, a worker. Its two
     files are used again for each test."""
     for file, content in (stdin, given.encode("utf-8", "replace")), (stdout, b""):
@@ -187,7 +187,11 @@ if __name__ == "__main__":
     if sys.argv[1:]:  # run_fresh: a program and its seconds
         with open(sys.argv[1], encoding="utf-8") as source:
             text = source.read()
-        execute(text, float(sys.argv[2]))
+        execute(compile(text, "program.py", "exec"), float(sys.argv[2]))
     files = [os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in ("stdin", "stdout")]
     for line in sys.stdin:
-        print(json.dumps(passes(partial(run_forked, *files), *json.loads(line))), flush=True)
+        passed, (program, pairs, seconds) = False, json.loads(line)
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            code = compile(program, "program.py", "exec")  # once, not again in each fork
+            passed = passes(partial(run_forked, *files), code, pairs, seconds)
+        print(json.dumps(passed), flush=True)
