@@ -1190,12 +1190,13 @@ def test_a_real_ctrl_c_exits_with_130_and_leaves_a_checkpoint(tmp_path):
     assert (tmp_path / "runs" / "smepo" / "checkpoint" / "training.pt").exists()
 
 
-def refused(capsys, arguments) -> str:
-    """Exit code 2 and exactly one line on stderr, which is returned."""
+def refused(capsys, arguments, running=False) -> str:
+    """Exit code 2 and exactly one line on stderr, which is returned; of a run that was `running`
+    the last one, as its progress bar has been there."""
     assert smepo.main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    assert running or len(lines) == 1, lines
+    return lines[-1]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1221,13 +1222,13 @@ GOOD = {"question": "Compute 1 + 1", "teacher_ds": "Step 1: 1 + 1 = 2.\nThe answ
 
 
 @pytest.mark.parametrize("bad, message", [
-    ({"question": ""}, "line 2 has no question"),
-    ({"question": None}, "line 2 has no question"),
-    ({"reward_model": {"style": "rule", "ground_truth": None}}, "line 2 has no reward_model"),
-    ({"reward_model": None}, "line 2 has no reward_model"),
-    ({"teacher_ds": None}, "line 2 has no teacher_ds"),
-    ({"teacher_ds": " "}, "line 2 has no teacher_ds"),
-    ({"reward_model": {"style": "rule"}}, "line 2 has no reward_model"),
+    ({"question": ""}, "row 2 has no question"),
+    ({"question": None}, "row 2 has no question"),
+    ({"reward_model": {"style": "rule", "ground_truth": None}}, "row 2 has no reward_model"),
+    ({"reward_model": None}, "row 2 has no reward_model"),
+    ({"teacher_ds": None}, "row 2 has no teacher_ds"),
+    ({"teacher_ds": " "}, "row 2 has no teacher_ds"),
+    ({"reward_model": {"style": "rule"}}, "row 2 has no reward_model"),
 ])
 def test_bad_rows_are_named_by_their_line(tmp_path, capsys, bad, message):
     data = write_rows(tmp_path / "bad.jsonl", [GOOD, GOOD | bad, GOOD])
@@ -1255,8 +1256,8 @@ def test_unreadable_data_is_refused(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"reward_model": "16"}, "line 1 has no reward_model"),
-    ({"teacher_ds": ["Step 1", "Step 2"]}, "line 1 has no teacher_ds"),
+    ({"reward_model": "16"}, "row 1 has no reward_model"),
+    ({"teacher_ds": ["Step 1", "Step 2"]}, "row 1 has no teacher_ds"),
 ])
 def test_columns_of_another_type_are_refused(tmp_path, capsys, change, message):
     data = write_rows(tmp_path / "bad.jsonl", [GOOD | change] * 2)
@@ -1316,6 +1317,21 @@ def test_a_base_model_gets_a_plain_template_and_is_told_so(tmp_path, capsys, fre
     assert smepo.build_prompt(tokenizer, "1 + 1?", "2.", "Be brief.") == (
         "System: Be brief.\n\nUser: 1 + 1?\n\nAssistant: Here is an example solution:\n2.\n\n"
         "Assistant:")
+
+
+def test_a_chat_template_that_refuses_a_guide_is_refused_in_one_line(tmp_path, capsys, fresh_base):
+    model, tokenizer = fresh_base
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role != 'user' %}{{ raise_exception('only "
+        "users') }}{% endif %}{{ message.content }}{% endfor %}")
+    path = str(tmp_path / "model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    config = small(tmp_path, model=path)
+    assert "refuses user, assistant, then an answer: only users" in refused(capsys, flags(config))
+    smepo.load_model(path, dataclasses.replace(config, guide="none"))  # GRPO shows none
+    with pytest.raises(UserError, match="refuses system, user, then"):
+        smepo.load_model(path, dataclasses.replace(config, guide="none", system="Be brief."))
 
 
 def test_a_system_prompt_comes_with_domain_and_none_with_a_toy():
@@ -1454,7 +1470,7 @@ def test_a_step_that_is_not_finite_is_refused_and_the_last_checkpoint_stays(
     monkeypatch.setattr(smepo, "policy_loss", exploding)
     config = small(tmp_path, save_every=1, data=write_rows(tmp_path / "easy.jsonl", [GOOD] * 4),
                    steps=50, guide="none")
-    assert "not finite" in refused_after_output(capsys, flags(config))
+    assert "not finite" in refused(capsys, flags(config), running=True)
     step = torch.load("runs/smepo/checkpoint/training.pt", weights_only=True)["step"]
     assert step >= 2 and all(p.isfinite().all() for p in weights(Path("runs/smepo")))
 
@@ -1478,12 +1494,6 @@ def test_a_model_whose_outputs_are_not_finite_is_refused(tmp_path, capsys, base)
     for piece in (model, tokenizer):
         piece.save_pretrained(tmp_path / "model")
     assert "not finite" in refused(capsys, flags(small(tmp_path, model=str(tmp_path / "model"))))
-
-
-def refused_after_output(capsys, arguments) -> str:
-    """As `refused`, for a run whose progress bar has been on stderr already."""
-    assert smepo.main(arguments) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_every_setting_is_a_documented_flag(capsys):
@@ -2013,10 +2023,10 @@ def test_export_drops_or_keeps_what_leaks_and_counts_it(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     before = out.read_bytes()
     data = write_rows(tmp_path / "leaky.jsonl", [leaky])
-    assert "all 1 guides leak" in refused_after_output(capsys, [
+    assert "all 1 guides leak" in refused(capsys, running=True, arguments=[
         "export", "--format", "trl", "--guide", "full", "--data", data, "--out", str(out)])
     assert out.read_bytes() == before
-    assert ".jsonl or .parquet" in refused_after_output(capsys, [
+    assert ".jsonl or .parquet" in refused(capsys, [
         "export", "--format", "trl", "--data", data, "--out", "guided.txt"])
 
 
@@ -2190,7 +2200,7 @@ def test_malformed_unit_tests_fail_and_are_refused_at_load(judge, tmp_path, base
     assert smepo.reward(f"```\n{RIGHT}```", tests, "code") == 0.0
     row = GOOD | {"reward_model": {"style": "rule", "ground_truth": tests or "x"}}
     path = write_rows(tmp_path / "bad.jsonl", [row])
-    with pytest.raises(UserError, match="line 1: the ground truth is no unit tests"):
+    with pytest.raises(UserError, match="row 1: the ground truth is no unit tests"):
         smepo.load_problems(path, "none", base[1], settings(domain="code"))
 
 

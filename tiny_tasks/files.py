@@ -39,7 +39,7 @@ def read_rows(path: str, wants_trace: bool, domain: str = ""):
     except Exception as error:  # whatever a broken file makes the readers raise
         kind = kind if local else "hub dataset"
         raise UserError(f"{path} is no {kind} of rows: {error.__cause__ or error!r}") from error
-    for line, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=1):
         row = (row.get("extra_info") or {}) | {key: row[key] for key in row if row[key] is not None}
         question, trace, rule = row.get("question"), row.get("teacher_ds"), row.get("reward_model")
         answer = rule.get("ground_truth") if isinstance(rule, dict) else None
@@ -49,12 +49,12 @@ def read_rows(path: str, wants_trace: bool, domain: str = ""):
         needed |= {"teacher_ds (expert trace)": trace} if wants_trace else {}
         for name, value in needed.items():
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{path} line {line} has no {name}: add it or drop the row")
+                raise UserError(f"{path} row {number} has no {name}: add it or drop the row")
         try:
             if domain == "code":
                 judge.cases(answer)
         except ValueError as error:
-            where = f"{path} line {line}"
+            where = f"{path} row {number}"
             raise UserError(f"{where}: the ground truth is no unit tests: {error}") from error
         yield question, answer, trace or "", str(row.get("difficulty", "all"))
 
@@ -75,6 +75,13 @@ def load_model(path: str | Path, config):
     if tokenizer.chat_template is None:
         print(f"{path} has no chat template: a plain one is used", file=sys.stderr)
         tokenizer.chat_template = PLAIN_TEMPLATE
+    roles = ["system"] * bool(config.system) + ["user"] + ["assistant"] * (config.guide != "none")
+    try:
+        tokenizer.apply_chat_template([{"role": role, "content": "x"} for role in roles],
+                                      tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # Jinja's, or one that the template raises
+        raise UserError(f"the chat template of {path} refuses {', '.join(roles)}, then an answer: "
+                        f"{error}. Save one there that takes them") from error
     for module in model.modules():  # no dropout in train mode, either: checkpointing needs that
         for name in ("p", *(name for name in vars(module) if "drop" in name)):
             if isinstance(getattr(module, name, None), float):

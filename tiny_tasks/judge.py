@@ -41,7 +41,7 @@ def cases(tests: str) -> list[tuple[str, str]]:
         tests = json.loads(tests)
         pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
     except (TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"no unit tests: {error!r}") from error
+        raise ValueError(repr(error)) from error
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
         raise ValueError("there must be texts to read and as many to print")
     return pairs
@@ -58,7 +58,7 @@ def refuse(folder: str, event: str, arguments: tuple) -> None:
         raise PermissionError(event)
 
 def execute(program, seconds: float) -> None:
-    """Run the compiled program under the limits, and end the process: with status 0 if all went well."""
+    """Run compiled code under the limits, and end the process: status 0 if all went well."""
     status = 1
     try:
         os.environ.clear()
