@@ -95,7 +95,7 @@ class Config:
     max_prompt_tokens: int = flag(256, "guides are shortened to it; longer questions are left out")
     max_new_tokens: int = flag(64, "sampled; a rollout without an end by then earns 0")
     max_turns: int = flag(8, "searches that a rollout may make")
-    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "entity, relation, value: of search")
+    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "what a search finds, as jsonl")
     eval_every: int = flag(20, "steps between points of the accuracy curve")
     eval_samples: int = flag(4, "samples a test problem")
     save_every: int = flag(10, "steps between checkpoints")
