@@ -97,7 +97,8 @@ def load_model(path: str | Path, config):
         part.forward = torch.autocast(model.device.type, torch.bfloat16,
                                       enabled=model.device.type != "cpu")(part.forward)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None)  # as newer versions say
+        (enable or model.gradient_checkpointing_enable)()
     return model, tokenizer
 
 @torch.no_grad()
