@@ -46,7 +46,7 @@ WORDS = [
 PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
           r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]  # fmt: skip
 
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.04, 5: 0.0}  # else only PLANS operations are seen
+PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.02, 5: 0.0}  # else only the first PLANS are seen
 PLANS = 3
 PRETRAIN_STEPS = 4000
 WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies
@@ -152,7 +152,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     if guide == "random":
         spans = smepo.random_spans(trace, spans, seed)
     if guide == "none" and rng.random() > PLAN_RATE[k]:
-        plan = [plan[i] for i in sorted(rng.sample(range(k), PLANS))]  # overlooks the others
+        plan = plan[:PLANS]  # overlooks the outer ones
         trace = write(plan, plan)
         spans = [(0, len(trace), "")]
     return question, text, solution(rng, plan, trace, spans)
