@@ -46,9 +46,8 @@ WORDS = [
 PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
           r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]  # fmt: skip
 
-PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.02, 5: 0.0}  # else only the first PLANS are seen
-PLANS = 3
-PRETRAIN_STEPS = 4000
+PLANS = 3  # without a guide it sees so many operations, whichever, and overlooks the others
+PRETRAIN_STEPS = 3200
 WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
     ("none", 1): 0.04, ("none", 2): 0.10, ("none", 3): 0.10, ("none", 4): 0.05, ("none", 5): 0.05,
@@ -151,8 +150,8 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
         spans = smepo.hidden_spans(trace, "code")
     if guide == "random":
         spans = smepo.random_spans(trace, spans, seed)
-    if guide == "none" and rng.random() > PLAN_RATE[k]:
-        plan = plan[:PLANS]  # overlooks the outer ones
+    if guide == "none" and k > PLANS:
+        plan = [plan[i] for i in sorted(rng.sample(range(k), PLANS))]
         trace = write(plan, plan)
         spans = [(0, len(trace), "")]
     return question, text, solution(rng, plan, trace, spans)
