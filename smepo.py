@@ -563,7 +563,7 @@ def group_advantages(rewards, group_size: int, scale: str = "std", eps: float = 
     # equal rewards give exactly 0, however their mean was rounded
     return (A * (r.amax(1, keepdim=True) > r.amin(1, keepdim=True))).flatten()  # (B*G,)
 
-LOGITS = 2**25  # at a time
+LOGITS = 2**23  # at a time: 32 MiB, and a few times that in the backward pass
 def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, completion_length: int,
                    temperature: float) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
