@@ -37,8 +37,8 @@ ARMS = {
     "expert-loss": {"expert_coef": 0.1},
 }
 QUICK, SWEPT = ("none", "full", "random", "semantic"), ("none", "semantic", "fraction")
-# Where an arm's best of --rates (results/rates.md, a seed that no report uses) is not the default.
-RATES = {"arithmetic": {"prefix": 4e-4, "semantic": 4e-4, "expert-loss": 1e-4}}
+# Where an arm's best of --rates (results/rates.md, seeds that no report uses) is not the default.
+RATES = {"arithmetic": dict.fromkeys(("prefix", "semantic", "on-failure", "fraction"), 4e-4)}
 KEPT = ("reward", "zero_variance_wrong", "zero_variance_right", "leak_rate", "rollouts",
         "seconds_rollout", "seconds_update")  # what a job's file keeps of each step
 
