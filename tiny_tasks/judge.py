@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
 from tiny_tasks import sandbox
 
@@ -33,12 +34,11 @@ def cases(tests: str) -> list[tuple[str, str]]:
 
 def start(*arguments: str, **settings):
     """The sandbox, isolated, in a session (so also a process group) of its own."""
-    command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(sandbox.__file__),
-               *arguments]
+    command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(sandbox.__file__)]
     needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
-    needed = {name: os.environ[name] for name in needed if name in os.environ}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=needed,
-                            start_new_session=True, **settings)
+    return subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **settings,
+        env={k: os.environ[k] for k in needed if k in os.environ}, start_new_session=True)
 
 def kill(process) -> None:
     """And whatever it started."""
@@ -49,8 +49,7 @@ def kill(process) -> None:
 def run_fresh(program: str, given: str, seconds: float) -> str | None:
     """As sandbox.run_forked, in a Python started for it: slower, but on every platform."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stdout:
-        with open(os.path.join(folder, "program.py"), "wb") as file:
-            file.write(program.encode("utf-8", "replace"))
+        Path(folder, "program.py").write_bytes(program.encode("utf-8", "replace"))
         process = start("program.py", str(seconds), cwd=folder, stdout=stdout)
         with suppress(subprocess.TimeoutExpired):
             process.communicate(given.encode("utf-8", "replace"), timeout=seconds + 1)
@@ -80,19 +79,16 @@ def judge_warm(program: str, pairs: list) -> bool:
 
 @lru_cache(2**14)  # once trained, a policy writes the same right program again and again
 def verdict(program: str | None, tests: str, warm: bool) -> bool:
-    if program is None:  # a text without any
-        return False
     try:
         pairs = cases(tests)
     except ValueError:
         return False
-    return (judge_warm(program, pairs) if warm else
-            sandbox.passes(run_fresh, program, pairs, SECONDS))
+    return program is not None and (judge_warm(program, pairs) if warm else
+                                    sandbox.passes(run_fresh, program, pairs, SECONDS))
 
 def judge(programs: list[str], tests: list[str], warm: bool = hasattr(os, "fork")) -> list[bool]:
     """Which programs pass all of their tests? Equal jobs are done once, all in parallel."""
     jobs = list(zip(programs, tests, strict=True))
     distinct = list(dict.fromkeys(jobs))
-    verdicts = POOL.map(lambda job: verdict(*job, warm), distinct)
-    passed = dict(zip(distinct, verdicts, strict=True))
+    passed = dict(zip(distinct, POOL.map(lambda job: verdict(*job, warm), distinct), strict=True))
     return [passed[job] for job in jobs]
