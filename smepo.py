@@ -1,398 +1,192 @@
-"""SMEPO, Semantic Masked Expert Policy Optimization (arXiv 2605.25198), in one readable file.
+"""SMEPO, Semantic Masked Expert Policy Optimization (arXiv 2605.25198), in one file.
 
-The problem: reinforcement learning with verifiable rewards stalls where all rollouts of a group
-fail, for then every advantage is 0. An expert's solution in the prompt helps, but it shows what the
-verifier checks: the policy copies it, the reward rises to 1, and without it nothing was learned.
-The idea: show the solution, but hide the spans that the reward depends on (in math, the numbers).
+The problem: reinforcement learning with verifiable rewards stalls where all rollouts of a
+group fail, for then every advantage is 0. An expert's solution in the prompt helps, but it
+shows what the verifier checks: the policy copies it, the reward rises to 1, and without it
+nothing was learned. The idea: show the solution, but hide the spans that the reward depends
+on (in math, the numbers).
 
     question x   Compute 7 - 6 + 3 * 5
-    trace t      Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1. ...
-    shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER].  Step 2: [NUMBER] - [NUMBER] = ...
+    trace t      Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1.
+    shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER].  Step 2: [NUMBER] - ...
 
-The policy follows the plan but must reconstruct every value. All else is on-policy GRPO, only with
-another prompt c, and the evaluation shows no trace. Each line is a function below:
+The policy follows the plan but must reconstruct every value. All else is on-policy GRPO, only
+with another prompt c, and the evaluation shows no trace. Each line is a function below:
 
-    context     c = x + mask(t)                                      guide_trace, build_prompt
-    rollouts    o_1..o_G ~ pi_old(. | c)                             rollout
-    reward      r_i = verifier(o_i, a) in {0, 1}                     reward
-    advantage   A_i = (r_i - mean r) / (std r + eps)                 group_advantages
-    ratio       rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)    token_logprobs
-    loss        -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)   policy_loss
-Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt, T completion tokens.
-Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for the rest.
+    context    c = x + mask(t)                                    guide_trace, build_prompt
+    rollouts   o_1..o_G ~ pi_old(. | c)                           rollout
+    reward     r_i = verifier(o_i, a) in {0, 1}                   reward
+    advantage  A_i = (r_i - mean r) / (std r + eps)               group_advantages
+    ratio      rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)  token_logprobs
+    loss       -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)
+                                                                  policy_loss
+Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt tokens,
+T completion tokens, V words in the vocabulary.
+Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for more.
 """
+
 import argparse
-import ast
+import inspect
+import json
 import math
+import os
 import random
 import re
-import signal
 import sys
 import time
 import unicodedata
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from importlib import import_module
+from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jinja2 import TemplateError  # of chat templates; transformers needs it anyway
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers.utils import logging
 
-from tiny_tasks import files, judge  # nothing of the algorithm: the disk, the verifier of code
-from tiny_tasks.files import UserError, assert_finite, load_model
+Ids = list[int]  # token ids
 
-# ---- Config: every field is a flag ---------------------------------------------------------------
-def flag(default, help: str):
-    return field(default=default, metadata={"help": help})
 
-SYSTEM = {  # what the verifier reads
-    "math": "Reason step by step, and put your final answer within \\boxed{}.",
-    "code": "Plan first. Then write a program that reads standard input, in one ```python block.",
-    "search": "Search with <search>relation of entity</search> and read <information>, as often as "
-              "you need; then answer with <answer>...</answer>."}
+class UserError(Exception):
+    """Bad input, in one line: what is wrong and how to mend it. `main` exits with code 2."""
+
+
+# ---- Config: every field is a flag, and the comment behind it is its help --------
+
+HERE = Path(__file__).resolve().parent
+TOYS = {"arithmetic": "arithmetic", "code": "coding", "search": "searching"}  # their rooms
+
 
 @dataclass
 class Config:
-    name: str = flag("smepo", "the run is written to runs/<name>/")
-    resume: bool = flag(False, "continue the run in runs/<name>/")
-    task: Literal["arithmetic", "code", "search"] = flag(
-        "arithmetic", "a toy: its model, data, test_data and domain, where these are not given")
-    model: str | None = flag(None, "the base model, a Hugging Face folder or hub id")
-    data: str | None = flag(None, "training problems, jsonl or parquet")
-    test_data: str | None = flag(None, "held-out problems, asked unguided")
-    domain: Literal["math", "code", "search"] | None = flag(
-        None, "what is masked, and how answers compare")
-    system: str | None = flag(None, "system prompt; by default that of --domain, if this is given")
-    guide: Literal["none", "full", "prefix", "random", "semantic"] = flag(
-        "semantic", "what is shown of the trace: none is GRPO, semantic is SMEPO")
-    guide_when: str = flag("always", "always, on-failure (of the unguided group) or a fraction")
-    prefix_ratio: float = flag(0.5, "the part of the trace that guide=prefix shows")
-    steps: int = flag(60, "rollout batches to train on (paper: 400-500)")
-    prompts_per_step: int = flag(16, "B, problems in a rollout batch (paper: 32)")
-    group_size: int = flag(8, "G, rollouts of each problem (paper: 8)")
-    mini_batches: int = flag(1, "optimizer steps a batch (paper: 4); at 1 no ratio leaves 1")
-    inner_epochs: int = flag(1, "how often a rollout batch is used")
-    micro_tokens: int = flag(2**15, "tokens a forward; out of memory? halve it, the gradient stays")
-    generate_batch: int = flag(512, "rows a call of generate; bounds its KV cache")
-    learning_rate: float = flag(2e-4, "of AdamW (paper, 8B parameters: 1e-6)")
-    schedule: Literal["constant", "cosine"] = flag("constant", "the paper: cosine")
-    warmup: float = flag(0.0, "part of the steps in which the learning rate rises (paper: 0.1)")
-    weight_decay: float = flag(0.01, "of AdamW")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    clip_low: float = flag(0.2, "the ratio is clipped below at 1 - clip_low")
-    clip_high: float = flag(0.28, "and above at 1 + clip_high; wider, so rare tokens can grow")
-    advantage_scale: Literal["std", "none"] = flag("std", "none: not divided by std (Dr. GRPO)")
-    aggregation: Literal["sequence", "token"] = flag("sequence", "mean per rollout, or per token")
-    expert_coef: float = flag(0.0, "weight of masked_expert_loss; the paper has no such term")
-    temperature: float = flag(1.0, "of sampling and scoring alike (paper: 0.8)")
-    max_prompt_tokens: int = flag(256, "guides are shortened to it; longer questions are left out")
-    max_new_tokens: int = flag(64, "sampled; a rollout without an end by then earns 0")
-    max_turns: int = flag(8, "searches that a rollout may make")
-    knowledge: str = flag("tiny_tasks/search_knowledge.jsonl", "what a search finds, as jsonl")
-    eval_every: int = flag(20, "steps between points of the accuracy curve")
-    eval_samples: int = flag(4, "samples a test problem")
-    save_every: int = flag(10, "steps between checkpoints")
-    seed: int = flag(0, "same seed, same machine, same result")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    gradient_checkpointing: bool = flag(False, "less memory, more time; for large models")
-    threads: int = flag(1, "CPU threads; more help a model larger than the toy's")
+    guide: Literal["none", "full", "prefix", "random", "semantic"] = "semantic"  # what is shown
+    task: Literal["arithmetic", "code", "search"] = "arithmetic"  # a toy with its model
+    model: str | None = None  # the base model, a Hugging Face folder or hub id
+    data: str | None = None  # training problems: jsonl, parquet, folder, hub/id:subset
+    steps: int = 60  # rollout batches to train on (paper: 400-500)
+    test_data: str | None = None  # held-out problems, asked unguided
+    columns: list[str] = field(default_factory=list)  # question=A trace=B answer=C
+    domain: str | None = None  # what is hidden: math, code, search or your module
+    system: str | None = None  # system prompt; default: that of a given --domain
+    name: str | None = None  # the run is written to runs/NAME/, by default what it is
+    resume: bool = False  # continue the run in runs/NAME/, by default the latest
+    guide_when: str = "always"  # always, on-failure or a fraction of the prompts
+    prefix_ratio: float = 0.5  # the part of the trace that guide=prefix shows
+    prompts_per_step: int = 16  # B, problems in a rollout batch (paper: 32)
+    group_size: int = 8  # G, rollouts of each problem (paper: 8)
+    mini_batches: int = 1  # optimizer steps in a batch (paper: 4); at 1 no ratio moves
+    micro_tokens: int = 2**15  # tokens in a forward pass; out of memory? halve it
+    generate_batch: int = 512  # rows in a call of generate; this bounds its memory
+    learning_rate: float = 2e-4  # of AdamW (paper, 8B parameters: 1e-6)
+    grad_clip: float = 1.0  # largest gradient norm
+    clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
+    clip_high: float = 0.28  # and above at 1 + clip_high, so that rare tokens can grow
+    advantage_scale: Literal["std", "none"] = "std"  # none: Dr. GRPO
+    aggregation: Literal["sequence", "token"] = "sequence"  # what the loss averages
+    expert_coef: float = 0.0  # weight of masked_expert_loss; the paper has no such term
+    temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
+    max_prompt_tokens: int = 256  # problems with a longer prompt are left out
+    max_new_tokens: int = 64  # sampled; a rollout without an end by then earns 0
+    eval_every: int = 20  # steps between points of the accuracy curve
+    eval_samples: int = 4  # samples of each test problem
+    save_every: int = 10  # steps between checkpoints
+    seed: int = 0  # same seed, same machine, same result
+    device: str = "auto"  # auto, cpu, cuda or mps
+    threads: int = 1  # CPU threads; more help a model larger than the toy's
 
     def __post_init__(self):
-        self.system = SYSTEM.get(self.domain, "") if self.system is None else self.system
-        self.domain = self.domain or {"arithmetic": "math"}.get(self.task, self.task)
-        self.model = self.model or f"tiny_tasks/base_{self.task}".removesuffix("_arithmetic")
-        self.data = self.data or f"tiny_tasks/{self.task}_train.jsonl"
-        self.test_data = self.test_data or f"tiny_tasks/{self.task}_test.jsonl"
-        m, fraction = self.mini_batches, r"always|on-failure|0?\.\d+|[01](\.0*)?"
-        devices = "auto", "cpu", str(torch.accelerator.current_accelerator(check_available=True))
-        rules = {"name": (re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name), "a plain folder name"),
-            "device": (self.device in devices, "auto or a device that is there"),
-            "group_size": (self.group_size > 1, "2 or more: an advantage compares rollouts"),
-            "mini_batches": (m > 0 and self.prompts_per_step % m == 0, "a divisor of the prompts"),
-            "temperature": (self.temperature > 0, "above 0"), "seed": (self.seed >= 0, "0 or more"),
-            "guide_when": (re.fullmatch(fraction, self.guide_when), "always, on-failure or 0 to 1")}
+        least = {"seed": 0, "group_size": 2, "temperature": 0.01}
+        most = {"prefix_ratio": 1, "clip_low": 1}
         for name, value in asdict(self).items():
-            least = {int: name != "seed", float: 0}.get(type(value))  # None: no number
-            good, rule = rules.get(name, (True, f"a number of at least {least}"))
-            if not good or least is not None and not least <= value < 2**31:
-                raise UserError(f"--{name} {value}: it must be {rule}")
-# ---- Answers: how the verifier reads and compares them -------------------------------------------
-BRACED = ""  # balanced, five deep
-for _ in range(5):
-    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
-STATED = re.compile(rf"(?i)\\f?boxed\s?\{{({BRACED})\}}|<answer>([^<]*)|(?:####|answer(?: is:?|:))"
-                    r"[\s*]*((?:[^\n<.\\]|\.(?!\s|$)|\\(?!f?boxed))*)")
-FENCED = re.compile(r"^ {0,3}```.*\n([\s\S]*?)^ {0,3}```", re.MULTILINE)
-SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-         "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
-         "eighty ninety").split()
-SCALES = {"half": 0.5, "dozen": 12, "hundred": 100, "thousand": 1e3, "million": 1e6, "billion": 1e9}
-VALUES = {w: i if i < 20 else 10 * i - 180 for i, w in enumerate(SMALL)} | SCALES
-COMMA = r"(?<=\d)(?:,(?:\\!)?|\{,\}|\\,|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))"  # of thousands
-TIMES_TEN_TO = r" ?(?:\\times|\\cdot|[×·*x]) ?10 ?\^ ?"
+            if type(value) in (int, float):
+                low = least.get(name, 1 if type(value) is int else 0)
+                high = most.get(name, 2**31)
+                inside = low <= value <= high  # nan is not
+                self.require(inside, name, f"from {low} to {high}")
+        when = r"always|on-failure|0?\.\d+|[01](\.0*)?"
+        rule = "always, on-failure or a fraction from 0 to 1"
+        self.require(re.fullmatch(when, self.guide_when), "guide_when", rule)
+        plain_name = re.fullmatch(r"[\w.-]*\w", self.name or "default")
+        self.require(plain_name, "name", "a plain folder name")
+        divides = self.prompts_per_step % self.mini_batches == 0
+        self.require(divides, "mini_batches", "a divisor of --prompts_per_step")
+        self.fill_in()
 
-def stated(text: str) -> str:
-    """The last answer in a text: \\boxed{...}, #### ..., <answer>... or "The answer is ..."."""
-    said = [match[match.lastindex] for match in STATED.finditer(text)]
-    return said[-1].strip(" *\n") if said else ""
+    def require(self, holds, name: str, rule: str):
+        if not holds:
+            raise UserError(f"--{name} {getattr(self, name)}: it must be {rule}")
 
-def plain(text: str) -> str:
-    """Without what only typesets: `$\\text{(B)}$.` is `(b)`."""
-    text = re.sub(r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\(?:left|right|displaystyle)|\\[,!;: ]|\\?\$|\^\{?\\circ\}?|°|\*\*", "", text)
-    return re.sub(r"\\[dt]frac", r"\\frac", text.replace("−", "-")).strip(" \t\r\n.").casefold()
+    def fill_in(self):
+        """What is not given comes from the toy, which has no system prompt."""
+        if self.system is None:
+            self.system = find_domain(self.domain).system if self.domain else ""
+        if self.domain is None:
+            self.domain = "math" if self.task == "arithmetic" else self.task
+        room = HERE / "tiny_tasks" / TOYS[self.task]
+        self.model = self.model or str(room / "base")
+        self.data = self.data or str(room / "train.jsonl")
+        self.test_data = self.test_data or str(room / "test.jsonl")
 
-def number_value(text: str) -> Fraction | None:
-    """42.0, 1,234, \\frac14, 2 1/2, ½, 3 \\times 10^8, 50% (as 50), forty-two; None: no number."""
-    text = plain(text) if len(text) < 100 else ""
-    words, total, part = re.findall(r"[^\W\d_]+|\d", text.replace(" and ", " ")), 0, 0
-    if words and all(word in VALUES for word in words):  # one hundred and five, three dozen
-        for value in map(VALUES.get, words):
-            part = (part or 1) * value if value in SCALES.values() else part + value
-            total, part = (total + part, 0) if value >= 1000 else (total, part)
-        return Fraction(total + part)
-    text = re.sub(TIMES_TEN_TO, "e", re.sub(COMMA, "", text))
-    text = re.sub(r"\\frac ?(\{[^{}]*\}|\d) ?(\{[^{}]*\}|\d)", r" \1/\2", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
-    text = re.sub(r"[\\{}]", "", text).replace("⁄", "/").strip()
-    number = re.fullmatch(r"([-+]?) *(?:(\d+) +(?=\d+/))?([\d.]+(?:/\d+|e-?\d{1,3})?)%?", text)
-    try:
-        value = int(number[2] or 0) + Fraction(number[3])
-    except (TypeError, ValueError, ZeroDivisionError):  # no match, 1.2.3, 1/0
-        return None
-    return -value if number[1] == "-" else value
 
-def same_answer(given: str, truth: str, domain: str) -> bool:
-    """Numbers compare by value (1,234 is 1234, \\frac14 is 0.25), all else as normalised text."""
-    if (value := number_value(truth)) is not None:
-        return number_value(given) == value
-    if domain == "search":  # words, without articles and punctuation
-        sides = [re.findall(r"\w+|^\W+$", text.casefold()) for text in (given, truth)]
-        given, truth = ([w for w in side if w not in ("a", "an", "the")] or side for side in sides)
-    else:  # x^{2} is x^2 and (B) is B
-        sides = [re.sub(r"\s|\{(?=\w\})|(?<=\{\w)\}", "", plain(text)) for text in (given, truth)]
-        given, truth = (re.sub(r"^\((\w)\)$", r"\1", side) for side in sides)
-    return given == truth
+# ---- The guide: what the policy is shown of the expert's trace -------------------
 
-def rewards(texts: list[str], truths: list[str], domain: str) -> list[float]:
-    """1.0 where the last answer that a text states is right, else 0.0. In code it is the last
-    fenced block, and right if it passes its tests; all are judged at once, as they run in parallel.
-    """
-    if domain == "code":
-        programs = [(FENCED.findall(text) or [None])[-1] for text in texts]
-        return [float(passed) for passed in judge.judge(programs, truths)]
-    said = zip(map(stated, texts), truths, strict=True)
-    return [float(text != "" and same_answer(text, truth, domain)) for text, truth in said]
-
-def reward(completion: str, ground_truth: str, domain: str) -> float:
-    return rewards([completion], [ground_truth], domain)[0]
-# ---- Masking: the spans of a trace that the reward depends on ------------------------------------
-# Math is one regex, read from left to right. Its first alternatives are what to keep: "Step 1" is
-# consumed before the number pattern can see its 1. So no placeholder is needed, nothing is masked
-# twice. Every repeat is bounded, or ends where the next begins: no text can make the search slow.
 Span = tuple[int, int, str]  # start, end, and the mask shown instead
-Ids = list[int]  # token ids
-MASK = r"\[(?:NUMBER|ANSWER|CODE|ENTITY)\]"
-LATIN, LOWER = "A-Za-zÀ-ÖØ-öø-ɏ", "a-zß-öø-ÿ"
-START, END = rf"(?<![{LATIN}])", rf"(?![{LATIN}])"  # of a word; \b would see digits, too
-HAN = "〇零一二两三四五六七八九十百千万亿"
-LABEL = ("(?i:step|(?:sub)?case|part|stage|phase|lemma|theorem|thm|corollary|prop(?:osition|erty)?|"
-         "claim|fact|remark|definition|condition|method|solution|problem|question|example|formula|"
-         "chapter|section|table|fig(?:ure)?|eqn?|equation)")
-NUMERAL = rf"\d{{1,3}}(?:\.\d{{1,3}})*(?:[a-d]|\([a-z]\))?|(?i:{'|'.join(SMALL[1:11])})"
-ID = rf"\(?(?:(?:[A-Z]\.)?{NUMERAL}|[IVX]{{1,4}}|[A-Za-z])\)?(?![\w(]|[.,]\d| ?[=^+<>%×·/])"
-NO_COUNT = r"(?=[A-Z]|[a-z]+\W{1,3}[\w.]{1,5}\b(?! (?!is|has|gives|shows|follows)[a-z]+s\b))"
-KEEP = {  # an example of each; "case 17 draws" and "equation 2 = x" are none
-    "1. Let": r"^[ \t>]*(?:[-*+] |#{1,3} )?[*_]{0,2}(?:\d{1,2}(?:\.\d{1,2})*[.):]|\(\d{1,2}\))"
-              r"(?=[*_]{0,2}[ \t]+\S)|^#{1,3} \d[\d.]{0,4}(?= [A-Z])",
-    "Cases 1, 2 and 3": rf"{START}{LABEL}s[ ~]{ID}(?:,? ?(?:and|or|to|[-–])? ?{ID}){{0,9}}",
-    "Step 1": rf"{START}{NO_COUNT}{LABEL}\.?[ ~_-]?\#?[*_]{{0,2}}{ID}",
-    "worst case": rf"{START}(?i:\w{{1,6}}st|base|th\w{{1,3}}|each|every) (?:case|step|part){END}",
-    "from (1)": rf"{START}(?i:from|in|into|and|with|by|via|see|of|both|\w{{2,9}}ing) \(\d{{1,2}}\)",
-    "the two roots": rf"{START}(?i:the|these|those|no) (?:two|three|four|five|six)(?= [a-z\[])",
-    "one can": rf"{START}[Oo]ne(?= (?:can|could|may|might|must|should|would|has|by|of){END})",
-    "x_1": r"(?:(?<![A-Za-z\\])(?!log|lim|max|min)[A-Za-zα-ωΑ-Ω]{1,3}|\}|"
-           r"\\(?!int|sum|prod|log|lim)[A-Za-z]+)'{0,3}(?:_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+)",
-    "P2": r"(?<![\w\\])[A-Za-z]\d{1,2}(?!\w|[.,]\d)",
-    "cm^2": r"(?<![\w\\])[kcdm]?m(?:[²³]|\^\{?[23]\}?)(?!\w|[.,]\d)",
-    r"\tag{1}": r"\\(?:tag\*?|label|(?:eq|auto|c)?ref|cite)\{[^{}\n]{0,60}\}",
-    "第三步": rf"第[\d{HAN}]{{1,3}}|(?:步骤|情况|情形|引理|定理|ステップ)[ (（]?[\d{HAN}]{{1,3}}"}
 
-SIGN = r"(?:(?<![\w)\]}!'])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # else an operator: 7 - 6, n(n-3)
-DIGITS = rf"(?:\d+(?:{COMMA}\d{{3}})*(?:\.\d+)?|(?<![\w.])\.\d+)"  # 42, 15{,}600, 3.25, .5
-FRAC = r"\\[dtc]?frac ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d) ?(?:\{ ?[-−]?[\d.,]+ ?\}|\d)|[¼-¾⅐-\u2188]"
-POWER = rf"{TIMES_TEN_TO}\{{?[-−+]?\d+\}}?| ?[×x] ?10[⁺⁻⁰¹²³⁴-⁹]+|[eE][-+]?\d+(?!\w)"
-FIGURES = (rf"(?:{SIGN}(?:(?:\d+[ -])?\d+/\d+(?![\d/]| ?=)|{DIGITS}(?:[ -]?{FRAC}|{POWER})?|{FRAC})"
-           rf"(?: ?\\?%|(?:st|nd|rd|th){END}|[ -](?:{'|'.join(SCALES)}){END})?|[⁺⁻⁰¹²³⁴-⁹₀-₉⁄]+)")
-WORD = (rf"(?:(?:{'|'.join(sorted(VALUES, key=len)[::-1])})(?:th|s|ths)?|first|second|thirds?|"
-        r"(?:fif|eigh|nin|twelf)ths?|\w{3,5}tieth|halves|quarters?)")
-SPELLED = rf"(?i:{WORD}(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and | and a ){WORD})*{END})"
-SELDOM = re.compile(r"(?i)ones?|half|quarter|first|second|third|[a-z]*[^neid]th")  # alone no value
-ROMAN = rf"(?:[IVXL]{{2,9}}|[IVXLCDM]{{4,15}}){END}"
-MATH = re.compile(rf"{'|'.join(KEEP.values())}|{MASK}|"
-    rf"\\f?boxed\s?\{{(?!\s*\}}|[^}}]{{0,99}}{MASK})(?P<box>{BRACED})(?=\}})|"
-    rf"(?P<number>{FIGURES}|{START}(?:{SPELLED}|{ROMAN})|[{HAN}]{{2,}})|[{LATIN}]+", re.MULTILINE)
 
-# How else the signs of an answer may be written, and what may stand between them.
-SPELLINGS = {"-": "[-−–]", "*": r"(?:\\cdot|\\times|\*)?", "/": r"(?:/|\}\s?\{)?",
-             "^": r"(?:\^|\*\*)?", "\\pi": rf"(?:\\pi{END}|π|{START}pi{END})",
-             "\\sqrt": r"(?:\\sqrt|√)", "\\infty": r"(?:\\infty|∞)"}
-NOISE = r"(?:[\s{}()$]|\\[,;! \\]|\\left|\\right|\\[dt]?frac){0,4}"
+@dataclass
+class Domain:
+    """What the verifier reads is what the mask must hide: both stand in one file."""
 
-def answer_spans(trace: str, answer: str) -> list[Span]:
-    """Wherever the answer stands, if it is no number; but a letter, yes and no, which are also
-    plain words, only where they are the conclusion."""
-    text = re.sub(r"\}\s?\{|(?<=frac\d)(?=\d)", "/", plain(answer)).replace("\\frac", "")
-    tokens = re.findall(r"\\?[^\W\d_]+|\d+|[^\s{}()\[\]\\]", text)
-    if (not re.search(r"[^\W_]", text) or re.search(MASK, answer) or len(tokens) > 50
-            or number_value(answer) is not None):
-        return []
-    pattern = NOISE.join(SPELLINGS.get(token, re.escape(token)) for token in tokens)
-    left = r"(?<![\d.])" if pattern[0].isdigit() else START if pattern[0].isalpha() else ""
-    right = r"(?!\d)" if pattern[-1].isdigit() else END if pattern[-1].isalpha() else ""
-    find = rf"{left}((?i:{pattern}))s?{right}"
-    if re.fullmatch("[a-z]|yes|no|true|false", pattern):
-        pattern = "".join(re.findall(r"\b[A-Z]\b", answer)) or f"(?i:{pattern})"
-        find = (rf"(?:####|<answer>|{START}(?i:answer|choice|option|is|so|thus|hence|therefore))"
-                rf"(?: is)?[\s:,*$]{{0,6}}(?:\\text\w{{0,2}}\{{)?\(?({pattern})"
-                rf"(?=[^\w\s'’\[-]|\s*$| because| since)|\(({pattern}{{1}})\)")
-    return [(*match.span(match.lastindex), "[ANSWER]")
-            for match in re.finditer(rf"(?m){MASK}|{find}", trace) if match.lastindex]
+    system: str  # the system prompt: it says how to state an answer
+    spans: Callable  # (trace, answer) -> list[Span]: what the reward depends on
+    leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
+    rewards: Callable  # (completions, truths) -> list[float]: 1.0 if right, else 0.0
+    check: Callable | None = None  # (truth): ValueError if it cannot be read
+    converse: Callable | None = None  # rollouts of several turns, see searching/
+    told: re.Pattern | None = None  # what is not written by the policy then
 
-def math_spans(trace: str, answer: str) -> list[Span]:
-    """Numbers, what is boxed, and the answer."""
-    spans = answer_spans(trace, answer)
-    for match in MATH.finditer(trace):
-        number, box = match["number"], match["box"]
-        if box or number and (not SELDOM.fullmatch(number) or same_answer(number, answer, "math")):
-            mask = "[NUMBER]" if number or number_value(box) is not None else "[ANSWER]"
-            spans.append((*match.span(match.lastgroup), mask))
-    return spans
 
-# Code: blocks, by how they open; elsewhere lines that are statements, inline code that computes.
-BLOCK = re.compile(
-    r"^(?P<quoted>[ \t]*>)?[ \t>]*(?:[-*+] |\d+[.)] )?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*(?:\n|\Z)"
-    r"([\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|(?(quoted)^(?![ \t]*>)|\Z)|\Z)|"
-    r"<(?P<tag>pre|code)\b[^>\n]{0,99}>([\s\S]*?)(?:</(?P=tag)>|\Z)|"
-    r"\\begin\{(?P<tex>lstlisting|verbatim|minted)\}.{0,99}\n([\s\S]*?)(?:\\end\{(?P=tex)\}|\Z)|"
-    r"(?P<quote>\\{0,3}\")(?:code|source|script|program|python|command|input|old|new)(?P=quote)"
-    r"\s{0,3}:\s{0,3}(?P=quote)([\s\S]*?)(?:(?<!\\)(?P=quote)|\Z)", re.MULTILINE)
-INLINE = re.compile(r"(?<!`)(`+)([^`\n](?:.{0,200}?[^`])??)\1(?!`)")
-NO_CODE = re.compile(rf"{MASK}|^(?:[a-z]{{2,}}(?:-[a-z]{{2,}})+\Z|[A-Z]\w+ \(|"
-                     r"(?:[OoΘΩT]|\\?Theta|\\?Omega) ?\(.*\)\W*\Z)")  # left-to-right, O(n)
-warnings.filterwarnings("ignore", category=SyntaxWarning)  # a trace may well hold "\\d"
-COMPUTES = ast.Call, ast.Slice, ast.Lambda, ast.comprehension, ast.operator, ast.cmpop, ast.boolop
-NO_STATEMENT = ast.AnnAssign, ast.Pass, ast.Break, ast.Continue  # words, and `Time: quadratic`
-OPERATOR = re.compile(r"\w[)\]]*\s*[-+*/%=<>&|^!]+\s*[(\[]*\w|\w[(\[]|\w(?:\+\+|--)")
-PROSE = re.compile(  # "Time: ..." or three words, but not `long long gcd(`
-    r"\*\*|[A-Z]\w+: |(?:[-*+] |#+ |\d+[.)] )?[A-Za-z][\w'’]*(?:,? [\w'’-]+){2}\b(?! ?[=(\[.:]\w)")
+def find_domain(name: str) -> Domain:
+    """Math is in this file. Any other is a module with a DOMAIN, imported when asked for."""
+    if name not in DOMAINS:
+        module = f"tiny_tasks.{TOYS[name]}.domain" if name in TOYS else name
+        try:
+            DOMAINS[name] = import_module(module).DOMAIN
+        except (ImportError, AttributeError, ValueError) as error:
+            rule = "math, code, search or a module with a DOMAIN"
+            raise UserError(f"--domain {name}: it must be {rule} ({error})") from error
+    return DOMAINS[name]
 
-def is_code(text: str, inline: bool) -> bool:
-    """Inline: does it compute, as `a[i] + 1` and `x = 2` do, but `x` and `O(n)` do not? A line
-    outside of any block: is it a statement?"""
-    if NO_CODE.search(text) or len(text) > 300:
-        return False
-    if text.startswith((">>>", "In [", "@", "#include")):
-        return True
-    try:
-        lines = ast.parse(text.replace("\\", "") + " pass" * text.endswith(":")).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language, or a part
-        looks = inline or text.endswith(("(", "[", "{", ";")) and not PROSE.match(text)
-        return looks and bool(OPERATOR.search(re.sub(r"<[\w ,:*]*>|C\+\+|\\[a-z]+", "", text)))
-    if not lines or not isinstance(lines[0], ast.Expr):
-        return bool(lines) and not isinstance(lines[0], NO_STATEMENT)
-    nodes = ast.walk(lines[0]) if inline else [lines[0].value]
-    return any(isinstance(node, COMPUTES) for node in nodes)
-
-def code_spans(trace: str, answer: str) -> list[Span]:
-    """What a block holds, without its fence; lines that are code; inline code."""
-    found = [match.span(match.lastindex) for match in BLOCK.finditer(trace)]
-    rest = BLOCK.sub(lambda match: re.sub(r"[^\n]", "\0", match[0]), trace)
-    spans, run, blank = [], False, True
-    for match in re.finditer(r"(?m)^\0*(.*)$", rest):
-        line = match[1].strip("\0 \t\r")
-        if not line:
-            blank = True
-            continue
-        indented, prose = match[0].startswith(("    ", "\t")), PROSE.match(line)
-        goes_on = indented and not prose if blank else run and (indented or not prose)
-        run, blank = (goes_on or is_code(line, False)) and not re.search(MASK, line), False
-        found += [match.span(1)] if run else [
-            inline.span(2) for inline in INLINE.finditer(rest, *match.span())
-            if is_code(inline[2].strip(), True)]
-    for start, end in found:
-        end = start + len(trace[start:end].rstrip())
-        code = trace[start:end].lstrip("> \t\r\n")  # indentation and prompts stay
-        if code and not re.fullmatch(MASK, code):
-            spans.append((end - len(code), end, "[CODE]"))
-    return spans
-
-# Search: a name begins with a capital, or is in another script; but a sentence does, too.
-ORDINARY = """a an the i we he she it they this that these there my our his her its their who which
-what when where how is are was were do does did has if so no not yes and or but for in on at by to
-of from with as than since because although while after before both also however therefore thus
-hence finally first then next now later meanwhile find search identify compare title step""".split()
-LETTER = r"(?:[^\W\d_¼-¾²³¹⁰-₉⅐-ↈ]|[\u0300-\u036f\u0591-\u1fff\u3040-\u9fff])"
-CAP = (rf"(?!(?:{'|'.join(map(str.title, ORDINARY))}){END}(?!\.[ ]?[A-Z]))"
-       rf"(?:{START}(?![{LOWER}])|(?![{LATIN}])){LETTER}+(?:['’-](?!s{END}){LETTER}+)*")  # O'Neil
-NOBLE = r"(?:(?:van|von|de[lrn]?|della|d[aiou]s?|l[ae]|al|bin|ibn|ben|zu|y) ){1,3}"
-NAME = rf"{CAP}(?:(?:[ \u00a0]|(?<=\b\w)\. ?|(?<=\b[DMS][rst])\. ?| {NOBLE}){CAP})*"
-ENTITY = re.compile(rf"(?m)</?[a-zA-Z][^<>\n]{{0,99}}>|{MASK}|^[ \t]*\d{{1,2}}[.)](?=\s)|\[\d+\]|"
-    rf"{START}(?i:step|hop|doc(?:ument)?|passage|source|result|thought|action|observation) ?\#?\d+|"
-    rf"(?P<number>[$€£¥]?\d+(?:[.,:/–−-]\d+)*(?:(?:st|nd|rd|th|s){END})?%?"
-    rf"(?: (?:{'|'.join(SCALES)}){END})?|{START}{SPELLED})|(?P<name>{NAME})|[{LATIN}]+")
-QUERY = re.compile(r"<(?:search|query|tool_call)>([^<\n]+)|\"query\"\s?:\s?\"([^\"\n]+)")
-OPENS = re.compile(r"(?:^|[\n>]|(?<!\b\w)(?<!\b[DMS][rst])[.!?][\"')\]”]?)[\s*\"'(“#-]*\Z")
-WORDS = re.compile(f"{LETTER}+")
-FEW = re.compile(f"{SELDOM.pattern}|{'|'.join(SMALL[:13])}")  # two films: seldom what is asked for
-VERB = re.compile(rf"['’]s?{END}| (?:is|was|has|had|became|won|wrote|died|are|were){END}")
-
-def search_spans(trace: str, answer: str) -> list[Span]:
-    """The answer, names, dates and quantities; and the names again by an alias."""
-    spans, names, unsure = answer_spans(trace, answer), [answer], []
-    for match in ENTITY.finditer(trace):
-        (start, end), number, name = match.span(), match["number"], match["name"]
-        if name and name.isalpha() and not name[1:].isupper() and (
-                OPENS.search(trace, max(0, start - 9), start) and not VERB.match(trace, end)):
-            unsure.append(match)  # one word that opens a sentence: a name if it is known as one
-        elif name or number and (not FEW.fullmatch(number) or same_answer(number, answer, "math")):
-            spans.append((start, end, "[ENTITY]"))
-            names.append(name or "")
-    words = [WORDS.findall(name) for name in set(names)]
-    known = {word.casefold() for name in words for word in name}
-    known |= {"".join(word[0] for word in name).casefold() for name in words}  # UNESCO
-    known -= {*ORDINARY, *re.findall(rf"{START}[{LOWER}]+{END}", QUERY.sub("", trace))}
-    for query in QUERY.finditer(trace):  # in lower case, perhaps
-        unsure += WORDS.finditer(trace, *query.span(query.lastindex))
-    return spans + [(*m.span(), "[ENTITY]") for m in unsure if m[0].casefold() in known]
-
-DOMAINS = {"math": math_spans, "code": code_spans, "search": search_spans}
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
-    """The reward-relevant spans, left to right. Without the `answer`, what the trace states."""
-    spans = []
-    for start, end, mask in sorted(DOMAINS[domain](trace, answer or stated(trace))):
-        gap = trace[spans[-1][1] : start] if spans else "-"
-        if domain == "search" and gap == " " or domain == "code" and gap.isspace() or not gap:
-            start, mask, end = spans[-1][0], spans[-1][2], max(end, spans.pop()[1])
+    """The reward-relevant spans, left to right. No `answer`: what the trace states."""
+    spans: list[Span] = []
+    for start, end, mask in sorted(find_domain(domain).spans(trace, answer)):
+        if spans and start <= spans[-1][1]:  # they overlap or touch: one span
+            start, last, mask = spans.pop()
+            end = max(end, last)
         spans.append((start, end, mask))
     return spans
 
-PIECE = re.compile(r"\d+|[^\W\d]+|[^\w\s]")
 
 def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
     """As many spans, as long in words and signs, anywhere: only *where* differs."""
-    pieces = [match.span() for match in PIECE.finditer(trace)]
-    hidden = [(len(PIECE.findall(trace[start:end])), mask) for start, end, mask in spans]
-    items = hidden + [(1, "")] * (len(pieces) - sum(length for length, _ in hidden))
-    random.Random(seed).shuffle(items)  # spans among visible pieces: all orders are equally likely
+    piece = re.compile(r"\d+|[^\W\d]+|[^\w\s]")  # a number, a word or a sign
+    pieces = [match.span() for match in piece.finditer(trace)]
+    items = [(len(piece.findall(trace[start:end])), mask) for start, end, mask in spans]
+    visible = len(pieces) - sum(length for length, _ in items)
+    items += [(1, "")] * visible
+    random.Random(seed).shuffle(items)
     chosen, at = [], 0
     for length, mask in items:
         if mask:
@@ -400,401 +194,1030 @@ def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
         at += length
     return chosen
 
-def mask_trace(trace: str, domain: str, answer: str = "", spans: list[Span] | None = None) -> str:
-    """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
+
+def replace_spans(trace: str, spans: list[Span]) -> str:
     parts, at = [], 0
-    for start, end, mask in hidden_spans(trace, domain, answer) if spans is None else spans:
+    for start, end, mask in spans:
         parts += [trace[at:start], mask]
         at = end
     return "".join(parts) + trace[at:]
 
-def leaks(masked: str, answer: str, domain: str) -> bool:
-    """Can the verifier's target, for code the code, still be read off the masked text?"""
-    visible = {(masked[start:end], mask) for start, end, mask in DOMAINS[domain](masked, answer)}
-    return any(mask in ("[ANSWER]", "[CODE]") or same_answer(text, answer, domain)
-               for text, mask in visible)
 
-def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
-    """What is shown: none (GRPO), full, prefix (whole lines), random or semantic (SMEPO)."""
-    if guide in ("none", "full"):
-        return trace if guide == "full" else ""
+def mask_trace(trace: str, domain: str, answer: str = "") -> str:
+    """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
+    return replace_spans(trace, hidden_spans(trace, domain, answer))
+
+
+def leaks(masked: str, answer: str, domain: str) -> bool:
+    """Can what the verifier checks still be read off the masked text?"""
+    return find_domain(domain).leaks(masked, answer)
+
+
+def guide_trace(
+    trace: str, guide: str, domain: str, answer: str = "", prefix_ratio=0.5, seed=""
+) -> str:
+    """What is shown: none (GRPO), full, prefix (in whole lines), random, semantic (SMEPO)."""
+    if guide == "none":
+        return ""
+    if guide == "full":
+        return trace
     if guide == "prefix":
-        return trace[: max(0, f"{trace}\n".rfind("\n", 0, int(len(trace) * prefix_ratio) + 1))]
+        line_end = f"{trace}\n".rfind("\n", 0, int(len(trace) * prefix_ratio) + 1)
+        return trace[: max(0, line_end)]
     spans = hidden_spans(trace, domain, answer)
-    spans = random_spans(trace, spans, seed) if guide == "random" else spans
-    return mask_trace(trace, domain, answer, spans)
-# ---- Data and prompts ----------------------------------------------------------------------------
+    if guide == "random":
+        spans = random_spans(trace, spans, seed)
+    return replace_spans(trace, spans)
+
+
+def reward(completion: str, ground_truth: str, domain: str) -> float:
+    return find_domain(domain).rewards([completion], [ground_truth])[0]
+
+
+# ---- Problems and prompts --------------------------------------------------------
+
+
 @dataclass
 class Problem:
     question: str
     answer: str  # the ground truth
-    trace: str  # the expert's solution
-    difficulty: str
-    guide: str  # what the policy is shown of the trace, "" for nothing
-    leaky: bool  # whether the guide gives the answer away
-    prompt_ids: Ids  # the question alone
-    guided_ids: Ids  # the question and the guide
-    shortened: bool = False  # the guide lost its last lines, to fit into max_prompt_tokens
+    trace: str  # the expert's solution, "" if there is none
+    difficulty: str = "all"  # groups the evaluation
+    guide: str = ""  # what the policy may be shown of the trace
+    leaky: bool = False  # whether the guide gives the answer away
+    prompt_ids: Ids | None = None  # the question alone
+    guided_ids: Ids | None = None  # the question and the guide
+
 
 def build_messages(question: str, guide_text: str = "", system: str = "") -> list[dict]:
     """The guide poses as a finished assistant turn before the one to be written."""
-    guide_text = guide_text and "Here is an example solution:\n" + guide_text
-    turns = ("system", system), ("user", question), ("assistant", guide_text)
-    return [{"role": role, "content": content} for role, content in turns if content]
+    guide = guide_text and "Here is an example solution:\n" + guide_text
+    turns = {"system": system, "user": question, "assistant": guide}
+    return [{"role": role, "content": text} for role, text in turns.items() if text]
+
 
 def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "") -> str:
     messages = build_messages(question, guide_text, system)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    form = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(messages, **form)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the model's chat template refuses {roles}: {error}") from error
+
 
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
-    """The problems of a file, and what the policy will be shown of their traces."""
-    wants_trace = guide != "none" or (config.expert_coef and path == config.data)
-    rows, problems = list(files.read_rows(path, wants_trace, config.domain)), []
+    """The problems of a file, with what the policy will be shown of their traces."""
+
     def encode(question: str, shown: str) -> Ids:
         prompt = build_prompt(tokenizer, question, shown, config.system)
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template has all
+        # the chat template has written the special tokens
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
-    for question, answer, trace, difficulty in rows:
-        whole = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio,
-                            seed=f"{config.seed} {question}")
-        asked, shown = encode(question, ""), whole
-        if len(asked) > config.max_prompt_tokens:
-            continue
-        while len(guided := encode(question, shown)) > config.max_prompt_tokens:
-            shown = shown.rpartition("\n")[0]
-        problems.append(Problem(question, answer, trace, difficulty, shown,
-                                leaks(shown, answer, config.domain), asked, guided, shown != whole))
-    if too_long := len(rows) - len(problems):
-        print(f"{path}: {too_long} questions exceed --max_prompt_tokens and are left out")
-    if not problems:
-        raise UserError(f"{path} has no question within --max_prompt_tokens: raise it")
-    return problems
-# ---- Rollouts ------------------------------------------------------------------------------------
+    problems = read_problems(path, guide, config)
+    for p in problems:
+        seed = f"{config.seed} {p.question}"
+        how = config.domain, p.answer, config.prefix_ratio, seed
+        p.guide = guide_trace(p.trace, guide, *how)
+        p.leaky = leaks(p.guide, p.answer, config.domain)
+        p.prompt_ids = encode(p.question, "")
+        p.guided_ids = encode(p.question, p.guide)
+    fitting = [p for p in problems if len(p.guided_ids) <= config.max_prompt_tokens]
+    if len(fitting) < len(problems):
+        left_out = len(problems) - len(fitting)
+        print(f"{path}: {left_out} prompts exceed --max_prompt_tokens and are left out")
+    if not fitting:
+        raise UserError(f"{path} has no prompt within --max_prompt_tokens: raise it")
+    return fitting
+
+
+# ---- Rollouts --------------------------------------------------------------------
+
+
 @dataclass
-class Group:
-    """G rollouts of a problem, and the very prompt they were sampled from: the ratio's context."""
+class Rollout:
     problem: Problem
     guided: bool
-    prompt_ids: Ids
-    completions: list[Ids]  # up to and including the first EOS
-    sampled: list[Ids]  # of each of their tokens: 1 if the policy chose it, 0 if it was told
-    texts: list[str]
-    ended: list[bool]  # with an EOS; the others were cut off at max_new_tokens or max_turns
-    rewards: list[float]
+    prompt_ids: Ids  # the very prompt it was sampled from: the context of the ratio
+    ids: Ids  # the completion, up to and including the first EOS
+    sampled: Ids  # of each of them: 1 if the policy chose it, 0 if it was told
+    text: str
+    ended: bool  # with an EOS; else it was cut off
+    reward: float
+    advantage: float = 0.0
 
-def pad(rows: list[Ids], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
-    """Ids and mask (N, longest); the mask goes by position, as the pad token may be the EOS."""
-    ids = [torch.tensor(row) for row in rows]
-    mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
-    return pad_sequence(ids, True, pad_id, side).to(device), mask.to(device)
 
-def positions(attention_mask: Tensor) -> Tensor:
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding must not shift a prompt
+def pad(rows: list[Ids], value: int, side: str, device) -> tuple[Tensor, Tensor]:
+    """Ids and mask (N, longest); by position, as the pad token may be the EOS, too."""
+    ids = [torch.tensor(row, device=device) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, value, side), pad_sequence(mask, True, 0, side)
 
-TOLD = re.compile(r"\n?<information>[^<]*</information>\n?")  # the environment's part of a dialogue
 
-def read_prompts(model, ids: Tensor, mask: Tensor):
-    """Keys and values of N prompts, to be copied: a group shares its prompt, so read it once."""
-    read = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True,
-                 logits_to_keep=1)
-    assert_finite(read.logits.sum().item())
-    return read.past_key_values
+def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
+    """The first EOS was sampled and counts; generate pads what follows it."""
+    for t, token in enumerate(ids):
+        if token in eos_ids:
+            return ids[: t + 1]
+    return ids
 
-def until_eos(ids: Ids, eos_ids: Ids) -> Ids:  # the first was sampled, generate pads what follows
-    return next((ids[: t + 1] for t, token in enumerate(ids) if token in eos_ids), ids)
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[Ids], group_size: int, config: Config, stops=()):
-    """`group_size` completions of each prompt: B lists of ids in, B*G lists out. `stops`: what
-    else than an EOS ends one, as generate's stopping_criteria."""
-    ids, mask = pad(prompts, tokenizer.pad_token_id, "left", model.device)  # (B, P)
-    cache = read_prompts(model, ids[:, :-1], mask[:, :-1])  # generate reads the last token itself
-    cache.batch_repeat_interleave(group_size)
-    ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-    settings = GenerationConfig(  # all of them: what is unset is not neutral (top_k would be 50)
-        do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        max_new_tokens=config.max_new_tokens, eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
-    rows = model.generate(ids, attention_mask=mask, past_key_values=cache, stopping_criteria=stops,
-                          generation_config=settings)[:, ids.shape[1] :]  # (B*G, T)
-    return [until_eos(row, settings.eos_token_id) for row in rows.tolist()]
+def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> list[Ids]:
+    """A completion of each prompt. `stops`: stopping_criteria of generate, beside the EOS."""
+    settings = GenerationConfig(  # all of them: top_k, left unset, would be 50
+        do_sample=True,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    completions = []
+    for start in range(0, len(prompts), config.generate_batch):
+        part = prompts[start : start + config.generate_batch]
+        ids, mask = pad(part, tokenizer.pad_token_id, "left", model.device)  # (N, P)
+        inputs = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": stops}
+        try:
+            rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            message = "the model's outputs are not finite: lower --learning_rate"
+            raise UserError(message) from error
+        completions += rows[:, ids.shape[1] :].tolist()
+    return [until_eos(row, settings.eos_token_id) for row in completions]
 
-def rollout(model, tokenizer, problems, guided, group_size: int, config: Config) -> list[Group]:
-    """One group a problem, `guided` or not each, at most `generate_batch` rows at a time."""
-    groups, per_call = [], max(1, config.generate_batch // group_size)
-    prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
-    for start in range(0, len(problems), per_call):
-        part = slice(start, start + per_call)
-        if config.domain == "search":  # of several turns; what the environment told is not marked
-            converse = import_module("tiny_tasks.dialogue").converse
-            ids, marks = converse(model, tokenizer, prompts[part], group_size, config)
-        else:
-            ids = sample(model, tokenizer, prompts[part], group_size, config)
-            marks = [[1] * len(row) for row in ids]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
-        whole = [text if end else "" for text, end in zip(texts, ended, strict=True)]
-        truths = [problem.answer for problem in problems[part] for _ in range(group_size)]
-        columns = ids, marks, texts, ended, rewards(whole, truths, config.domain)
-        for i, group in enumerate(zip(problems[part], guided[part], prompts[part], strict=True)):
-            mine = slice(i * group_size, (i + 1) * group_size)
-            groups.append(Group(*group, *(column[mine] for column in columns)))
-    return groups
 
-def collect_rollouts(model, tokenizer, problems: list[Problem], config: Config):
-    """The groups to learn from, and how many rollouts were sampled to get them."""
-    rate = float({"always": 1, "on-failure": 0}.get(config.guide_when, config.guide_when))
-    guided = [int((i + 1) * rate) > int(i * rate) and p.guide != "" for i, p in enumerate(problems)]
-    groups = rollout(model, tokenizer, problems, guided, config.group_size, config)
-    failed = [i for i, group in enumerate(groups) if config.guide_when == "on-failure"
-              and group.problem.guide and max(group.rewards) == 0]
-    again = rollout(model, tokenizer, [problems[i] for i in failed], [True] * len(failed),
-                    config.group_size, config)
-    for i, group in zip(failed, again, strict=True):
-        groups[i] = group
-    return groups, (len(problems) + len(failed)) * config.group_size
-# ---- Advantages, log-probs, loss as pure functions; the update -----------------------------------
-def group_advantages(rewards, group_size: int, scale: str = "std", eps: float = 1e-6) -> Tensor:
-    """A_i = (r_i - mean r) / (std r + eps) in each group: 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
+def rollout(model, tokenizer, problems, guided: list[bool], config: Config) -> list[Rollout]:
+    """One rollout of each problem, `guided` or not. G of the same in a row are a group."""
+    domain = find_domain(config.domain)
+    pairs = zip(problems, guided, strict=True)
+    prompts = [p.guided_ids if shown else p.prompt_ids for p, shown in pairs]
+    if domain.converse:
+        ids, sampled = domain.converse(model, tokenizer, prompts, config)
+    else:
+        ids = sample(model, tokenizer, prompts, config)
+        sampled = [[1] * len(row) for row in ids]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
+    # what was cut off has stated no answer
+    finished = [text if end else "" for text, end in zip(texts, ended, strict=True)]
+    rewards = domain.rewards(finished, [problem.answer for problem in problems])
+    columns = problems, guided, prompts, ids, sampled, texts, ended, rewards
+    return [Rollout(*row) for row in zip(*columns, strict=True)]
+
+
+def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
+    """When is a problem's guide shown? `failed`: all of its unguided group just did. This
+    is the place for a schedule of your own: by the problem, the step or the config."""
+    if config.guide_when == "always":
+        return True
+    if config.guide_when == "on-failure":
+        return failed
+    draw = random.Random(f"{config.seed} {step} {problem.question}").random()
+    return draw < float(config.guide_when)
+
+
+def collect_rollouts(model, tokenizer, problems: list[Problem], step: int, config: Config):
+    """B*G rollouts to learn from, and how many were sampled to get them."""
+    G = config.group_size
+    rows = [problem for problem in problems for _ in range(G)]
+    guided = [shows_guide(p, step, config) and p.guide != "" for p in rows]
+    rollouts = rollout(model, tokenizer, rows, guided, config)
+    again = []  # a second chance, with the guide
+    for i in range(0, len(rows), G):
+        failed = not any(r.reward or r.guided for r in rollouts[i : i + G])
+        if failed and rows[i].guide and shows_guide(rows[i], step, config, failed=True):
+            again += range(i, i + G)
+    retried = [rows[i] for i in again]
+    second = rollout(model, tokenizer, retried, [True] * len(again), config)
+    for i, one in zip(again, second, strict=True):
+        rollouts[i] = one
+    return rollouts, len(rows) + len(again)
+
+
+# ---- Advantages, log-probs and loss, as pure functions ---------------------------
+
+
+def group_advantages(rewards, group_size: int, scale="std", eps=1e-6) -> Tensor:
+    """A_i = (r_i - mean r) / (std r + eps): rewards 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
     r = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)  # (B, G)
     A = r - r.mean(1, keepdim=True)  # (B, G)
     if scale == "std":
         A = A / (r.std(1, keepdim=True) + eps)
-    # equal rewards give exactly 0, however their mean was rounded
-    return (A * (r.amax(1, keepdim=True) > r.amin(1, keepdim=True))).flatten()  # (B*G,)
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # (B, 1)
+    return A.masked_fill(equal, 0.0).flatten()  # exactly 0, however the mean was rounded
 
-LOGITS = 2**23  # at a time: 32 MiB, and a few times that in the backward pass
-def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, completion_length: int,
-                   temperature: float) -> Tensor:
+
+def token_logprobs(
+    model, input_ids: Tensor, attention_mask: Tensor, completion_length: int, temperature
+) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
-    start = input_ids.shape[1] - completion_length - 1  # of the last prompt token
-    read, keys, head = start, None, model.get_output_embeddings()
-    if model.training:  # gradient checkpointing reads all again in the backward pass: no keys
-        read = 0
-    else:
-        prompts = torch.cat([input_ids[:, :start], attention_mask[:, :start]], 1)  # beside its mask
-        prompts, row = prompts.cpu().unique(dim=0, return_inverse=True)  # a group's is read once
-        keys = read_prompts(model, *prompts.to(model.device).chunk(2, dim=1))
-        keys.batch_select_indices(row.to(model.device))
-    hidden = model.base_model(
-        input_ids[:, read:-1], attention_mask=attention_mask[:, :-1], past_key_values=keys,
-        position_ids=positions(attention_mask)[:, read:-1], use_cache=keys is not None,
-    ).last_hidden_state[:, start - read :].flatten(0, 1)  # (N*T, D)
-    # the state at t predicts the token at t + 1; few logits (., V) at a time, and none is kept
-    tokens, size = input_ids[:, -completion_length:].flatten(), 1 + LOGITS // len(head.weight)
-    parts = [checkpoint(score, head, *part, temperature, use_reentrant=False)
-             for part in zip(hidden.split(size), tokens.split(size), strict=True)]
-    return torch.cat(parts).view(-1, completion_length)
+    logits = completion_logits(model, input_ids, attention_mask, completion_length)
+    logprobs = (logits.float() / temperature).log_softmax(-1)  # (N, T, V)
+    tokens = input_ids[:, -completion_length:, None]  # (N, T, 1)
+    return logprobs.gather(-1, tokens).squeeze(-1)  # (N, T)
 
-def score(head, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log pi of tokens (n,) that were sampled at this temperature, from states (n, D). (n,)"""
-    logits = head(hidden).float() / temperature  # (n, V)
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                clip_low: float = 0.2, clip_high: float = 0.28, aggregation: str = "sequence"):
-    """Loss and stats of the clipped surrogate: (N, T) tokens, mask 1 if sampled, advantages (N,).
-    At one update a batch every ratio is 1 and a group's advantages sum to 0: the *value* is about
-    0, its gradient, -A * grad log pi, is not. Clipping can act from a batch's second update on."""
+def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, T: int) -> Tensor:
+    """model(input_ids, attention_mask, positions).logits[:, -T - 1 : -1], for those at t are
+    of token t + 1. But a group's prompt is read once: that saves two fifths of an update."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # padding shifts no prompt
+    start = input_ids.shape[1] - T - 1  # of the last prompt token: its logits are of o_1
+    inputs = torch.stack([input_ids, attention_mask, positions])  # (3, N, P+T)
+    prompts, row = inputs[:, :, :start].unique(dim=1, return_inverse=True)  # (3, B, P-1)
+    ids, mask, at = prompts
+    cache = model(ids, attention_mask=mask, position_ids=at, logits_to_keep=1).cache
+    cache.batch_select_indices(row)  # each row gets the keys and values of its prompt
+    ids, _, at = inputs[:, :, start:-1]  # (N, T)
+    mask = attention_mask[:, :-1]
+    return model(ids, attention_mask=mask, position_ids=at, cache=cache).logits
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    aggregation: str = "sequence",
+) -> tuple[Tensor, dict]:
+    """Loss and stats of the clipped surrogate, (N, T) tokens, mask 1 if sampled, advantages
+    (N,). At a batch's first update every ratio is 1 and a group's advantages sum to 0: the
+    *value* is about 0, its gradient, -A * grad log pi, is not. Clipping can act from the
+    second on."""
     mask, A = mask.bool(), advantages[:, None]  # (N, T), (N, 1)
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
-    # min for either sign of A: leaving the range gains nothing, and the way back stays open
-    token_loss = -torch.min(ratio * A, clipped) * mask  # (N, T)
+    unclipped = ratio * A  # (N, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
+    # min for either sign of A: leaving the range gains nothing, the way back stays open
+    token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
+    tokens = mask.sum().clamp(min=1)
     if aggregation == "sequence":
         loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
     else:
-        loss = token_loss.sum() / mask.sum().clamp(min=1)
-    return loss, {"clip_fraction": ((clipped < ratio * A) & mask).sum() / mask.sum().clamp(min=1)}
+        loss = token_loss.sum() / tokens
+    return loss, {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
+
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
-    """Mean NLL of the trace's visible tokens, given the question alone: not of hidden spans, nor of
-    what the environment told. No part of SMEPO: it shows what a plan in the loss does."""
-    text, spans = problem.trace, hidden_spans(problem.trace, domain, problem.answer)
-    spans += [(*told.span(), "") for told in TOLD.finditer(text)]
-    trace = tokenizer(text + tokenizer.eos_token, add_special_tokens=False,
-                      return_offsets_mapping=True)
-    visible = [all(b <= i or j <= a for i, j, _ in spans) for a, b in trace["offset_mapping"]]
-    ids = torch.tensor([problem.prompt_ids + trace["input_ids"]], device=model.device)  # (1, P+T)
-    logprobs = token_logprobs(model, ids, torch.ones_like(ids), len(visible), temperature=1.0)
+    """Mean NLL of the trace's visible tokens, given the question alone: not of hidden spans,
+    nor of what was told. No part of SMEPO: it shows what a plan in the loss does."""
+    unseen = [span[:2] for span in hidden_spans(problem.trace, domain, problem.answer)]
+    if told := find_domain(domain).told:
+        unseen += [match.span() for match in told.finditer(problem.trace)]
+    text = problem.trace + tokenizer.eos_token
+    trace = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = trace["offset_mapping"]
+    visible = [all(b <= i or j <= a for i, j in unseen) for a, b in tokens]
+    ids = problem.prompt_ids + trace["input_ids"]
+    ids = torch.tensor([ids], device=model.device)  # (1, P+T)
+    logprobs = token_logprobs(model, ids, torch.ones_like(ids), len(visible), 1.0)
     return -logprobs[0, visible].mean()
 
-def micro_batches(groups: list[Group], pad_id: int, device, config: Config) -> list[dict]:
-    """The rows of a mini-batch that have a gradient, some `micro_tokens` at a time. Advantage 0,
-    as in all-wrong and all-right groups, has none, so such rows are not scored; but they count in
-    the divisor, of which each part carries its `share`."""
-    A = group_advantages([g.rewards for g in groups], config.group_size, config.advantage_scale)
-    rows = [(g.prompt_ids, *row) for g in groups
-            for row in zip(g.completions, g.sampled, strict=True)]
-    useful = [(*row, a) for row, a in zip(rows, A.tolist(), strict=True) if a]
-    useful.sort(key=lambda row: len(row[0]) + len(row[1]))  # equal lengths need no padding
-    parts, total = [], sum(sum(marks) for _, _, marks in rows)
-    while useful:  # the longest first: if they fit into memory, all will
-        count = max(1, config.micro_tokens // (len(useful[-1][0]) + len(useful[-1][1])))
-        some, useful = useful[-count:], useful[:-count]
-        prompts, completions, marks, a = zip(*some, strict=True)
-        prompt_ids, prompt_mask = pad(prompts, pad_id, "left", device)  # (N, P)
-        completion_ids, seen = pad(completions, pad_id, "right", device)  # (N, T)
-        mask, _ = pad(marks, 0, "right", device)  # (N, T)
-        inputs = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, seen], 1)
-        share = len(a) / len(rows) if config.aggregation == "sequence" else mask.sum() / total
-        parts.append({"inputs": (*inputs, mask.shape[1], config.temperature), "mask": mask,
-                      "A": torch.tensor(a, device=device), "share": share})
-    return parts
 
-def update(model, tokenizer, optimizer, groups: list[Group], config: Config) -> dict:
-    """`mini_batches` optimizer steps, `inner_epochs` times over; returns average statistics."""
-    size, sums = len(groups) // config.mini_batches, Counter()
-    model.train(config.gradient_checkpointing)
-    minis = [groups[i : i + size] for i in range(0, len(groups), size)]
-    batches = [micro_batches(m, tokenizer.pad_token_id, model.device, config) for m in minis]
-    if len(batches) * config.inner_epochs > 1:  # pi_old scores all before anything moves
+# ---- Update ----------------------------------------------------------------------
+
+
+@dataclass
+class MicroBatch:
+    """N rollouts that fit into memory together."""
+
+    input_ids: Tensor  # (N, P+T): prompts padded on the left, completions on the right
+    attention_mask: Tensor  # (N, P+T)
+    sampled: Tensor  # (N, T): 1 where the policy chose the token
+    advantages: Tensor  # (N,)
+    share: float  # of the mini-batch's loss
+    old_logprobs: Tensor | None = None  # (N, T); None while pi still is pi_old
+
+
+def micro_batches(rollouts: list[Rollout], pad_id: int, device, config: Config):
+    """Those that have a gradient, some `micro_tokens` at a time. Advantage 0, as in all-wrong
+    and all-right groups, has none: such rollouts are not scored, but count in the mean."""
+    useful = [r for r in rollouts if r.advantage != 0]
+    useful.sort(key=lambda r: -len(r.prompt_ids + r.ids))  # like lengths: little padding
+    while useful:  # the longest first: if they fit into memory, all will
+        count = max(1, config.micro_tokens // len(useful[0].prompt_ids + useful[0].ids))
+        part, useful = useful[:count], useful[count:]
+        prompts, prompt_mask = pad([r.prompt_ids for r in part], pad_id, "left", device)
+        ids, mask = pad([r.ids for r in part], pad_id, "right", device)
+        sampled, _ = pad([r.sampled for r in part], 0, "right", device)
+        share = len(part) / len(rollouts)
+        if config.aggregation == "token":
+            share = sampled.sum().item() / sum(sum(r.sampled) for r in rollouts)
+        yield MicroBatch(
+            input_ids=torch.cat([prompts, ids], 1),
+            attention_mask=torch.cat([prompt_mask, mask], 1),
+            sampled=sampled,
+            advantages=torch.tensor([r.advantage for r in part], device=device),
+            share=share,
+        )
+
+
+def score(model, batch: MicroBatch, config: Config) -> Tensor:
+    inputs = batch.input_ids, batch.attention_mask, batch.sampled.shape[1]
+    return token_logprobs(model, *inputs, config.temperature)  # (N, T)
+
+
+def backward(model, batch: MicroBatch, config: Config) -> Counter:
+    """Add the gradient of a micro-batch; returns sums over its tokens."""
+    logprobs = score(model, batch, config)  # (N, T)
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    limits = config.clip_low, config.clip_high, config.aggregation
+    loss, stats = policy_loss(logprobs, old, batch.advantages, batch.sampled, *limits)
+    (loss * batch.share).backward()
+    tokens = batch.sampled.sum()
+    return Counter(
+        loss=loss.item() * batch.share,
+        tokens=tokens.item(),
+        clip_fraction=(stats["clip_fraction"] * tokens).item(),
+        entropy=-(old * batch.sampled).sum().item(),  # as its own samples estimate it
+    )
+
+
+def optimizer_step(model, optimizer, config: Config) -> float:
+    """Returns the gradient norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not finite, nothing changed: lower --learning_rate")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config) -> dict:
+    """One optimizer step for each mini-batch; returns average statistics."""
+    advantages = group_advantages(
+        [r.reward for r in rollouts], config.group_size, config.advantage_scale
+    )
+    for one, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        one.advantage = advantage
+    size = len(rollouts) // config.mini_batches
+    minis = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    pad_id = tokenizer.pad_token_id
+    batches = [list(micro_batches(mini, pad_id, model.device, config)) for mini in minis]
+    if config.mini_batches > 1:  # pi_old scores all before anything moves
         with torch.no_grad():
-            for part in sum(batches, []):
-                part["old"] = token_logprobs(model, *part["inputs"])
-    for parts, members in list(zip(batches, minis, strict=True)) * config.inner_epochs:
-        if not parts and not config.expert_coef:
-            continue  # no group has both right and wrong rollouts: no signal, no step
-        optimizer.zero_grad()
-        for part in parts:
-            logprobs = token_logprobs(model, *part["inputs"])  # (N, T)
-            old = part.get("old", logprobs.detach())  # none: the only update, pi still is pi_old
-            loss, stats = policy_loss(logprobs, old, part["A"], part["mask"], config.clip_low,
-                                      config.clip_high, config.aggregation)
-            (loss * part["share"]).backward()
-            tokens = part["mask"].sum().item()
-            sums.update(loss=(loss * part["share"]).item(), tokens=tokens,
-                        clipped=stats["clip_fraction"].item() * tokens,
-                        surprise=-(old * part["mask"]).sum().item())
-        for group in members if config.expert_coef else []:  # one at a time bounds the memory
-            loss = masked_expert_loss(model, tokenizer, group.problem, config.domain)
-            (loss * config.expert_coef / len(members)).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        assert_finite(grad_norm + sums["loss"])
-        optimizer.step()
-        sums.update(steps=1, grad_norm=grad_norm)
-    model.eval()
-    steps, tokens = max(sums["steps"], 1), max(sums["tokens"], 1)
-    # -log pi_old, averaged over tokens that pi_old sampled, estimates its entropy
-    return {"loss": sums["loss"] / steps, "grad_norm": sums["grad_norm"] / steps,
-            "clip_fraction": sums["clipped"] / tokens, "entropy": sums["surprise"] / tokens}
-# ---- Evaluation: unguided by construction --------------------------------------------------------
-def pass_at_k(samples: int, correct: int, k: int) -> float:  # unbiased, arXiv 2107.03374
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+            for batch in chain(*batches):
+                batch.old_logprobs = score(model, batch, config)
+    sums = Counter()
+    for mini, parts in zip(minis, batches, strict=True):
+        for batch in parts:
+            sums.update(backward(model, batch, config))
+        if config.expert_coef:
+            for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
+                loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
+                (loss * config.expert_coef * config.group_size / len(mini)).backward()
+        if parts or config.expert_coef:  # else no group has a signal
+            sums.update(steps=1, grad_norm=optimizer_step(model, optimizer, config))
+    steps, tokens = max(1, sums["steps"]), max(1, sums["tokens"])
+    return {
+        "loss": sums["loss"] / steps,
+        "grad_norm": sums["grad_norm"] / steps,
+        "clip_fraction": sums["clip_fraction"] / tokens,
+        "entropy": sums["entropy"] / tokens,
+    }
+
+
+# ---- Evaluation: unguided by construction ----------------------------------------
+
 
 def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
-    """{"pass@1": {difficulty: [mean, standard error over problems], "mean": ...}, "pass@4": ...}"""
-    start, samples, table = time.perf_counter(), config.eval_samples, {}
-    groups = rollout(model, tokenizer, problems, [False] * len(problems), samples, config)
-    for k in sorted({1, samples}):
-        row = table[f"pass@{k}"] = {}
-        for level in sorted({problem.difficulty for problem in problems}):
-            p = torch.tensor([pass_at_k(samples, round(sum(group.rewards)), k)
-                              for group in groups if group.problem.difficulty == level])
-            row[level] = [p.mean().item(), (p.std(correction=0) / len(p) ** 0.5).item()]
-        m, e = torch.tensor(list(row.values())).T  # every difficulty weighs the same
-        row["mean"] = [m.mean().item(), (e.square().sum().sqrt() / len(e)).item()]
+    """{"pass@1": {difficulty: [mean, its standard error], "mean": ...}, "pass@4": ...}"""
+    start, n = time.perf_counter(), config.eval_samples
+    rows = [problem for problem in problems for _ in range(n)]
+    rollouts = rollout(model, tokenizer, rows, [False] * len(rows), config)
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, n)  # (problems, n)
+    levels = sorted({problem.difficulty for problem in problems})
+    table = {}
+    for name, solved in ("pass@1", rewards.mean(1)), (f"pass@{n}", rewards.amax(1)):
+        row = table[name] = {}
+        for level in levels:
+            p = solved[[problem.difficulty == level for problem in problems]]
+            row[level] = [p.mean().item(), p.std(correction=0).item() / len(p) ** 0.5]
+        # every difficulty weighs the same
+        means, errors = torch.tensor(list(row.values())).T
+        row["mean"] = [means.mean().item(), errors.norm().item() / len(errors)]
     return table | {"seconds_evaluation": time.perf_counter() - start}
-# ---- Training, and what the reader sees ----------------------------------------------------------
+
+
+# ---- Training --------------------------------------------------------------------
+
+
 def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
-    """Sample, reward, learn; returns the groups and the metrics (README: glossary)."""
-    rate = config.learning_rate * min(1, step / max(1, config.warmup * config.steps))
-    if config.schedule == "cosine":
-        rate *= 0.5 + 0.5 * math.cos(math.pi * (step - 1) / config.steps)
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = rate
-    torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
-    batch = random.Random(f"{config.seed} {step}").choices(problems, k=config.prompts_per_step)
+    """Sample, reward, learn; returns the rollouts and the metrics."""
+    torch.manual_seed(config.seed * 1_000_003 + step)  # a resumed run samples the same
+    rng = random.Random(f"{config.seed} {step}")
+    batch = rng.choices(problems, k=config.prompts_per_step)
     start = time.perf_counter()
-    groups, sampled = collect_rollouts(model, tokenizer, batch, config)
+    rollouts, count = collect_rollouts(model, tokenizer, batch, step, config)
     middle = time.perf_counter()
-    stats = update(model, tokenizer, optimizer, groups, config)
+    stats = update(model, tokenizer, optimizer, rollouts, config)
     end = time.perf_counter()
-    rewards = torch.tensor([group.rewards for group in groups])  # (B, G)
-    equal, first = rewards.amax(1) == rewards.amin(1), rewards[:, 0]  # (B,)
-    lengths = [sum(marks) for group in groups for marks in group.sampled]
-    length, shown = sum(lengths) / len(lengths), [g.problem for g in groups if g.guided]
-    return groups, {"step": step, "reward": rewards.mean().item(), "completion_length": length,
-        "zero_variance_wrong": (equal & (first == 0)).float().mean().item(),
-        "zero_variance_right": (equal & (first > 0)).float().mean().item(),
-        "truncated": 1 - sum(sum(group.ended) for group in groups) / len(lengths),
-        "guided": len(shown) / len(groups), **stats, "learning_rate": rate,
-        "leak_rate": sum(problem.leaky for problem in shown) / max(1, len(shown)),
-        "shortened": sum(problem.shortened for problem in shown) / max(1, len(shown)),
-        "rollouts": sampled, "rollouts_per_second": sampled / (end - start),
-        "tokens_per_second": sampled * length / (middle - start),
-        "seconds_rollout": middle - start, "seconds_update": end - middle}
+    metrics = {"step": step, "rollouts": count} | describe(rollouts, config) | stats
+    seconds = {"seconds_rollout": middle - start, "seconds_update": end - middle}
+    return rollouts, metrics | seconds
 
-STOP = []  # filled by Ctrl-C, which lets the step finish and be saved; a second one stops at once
-def on_ctrl_c(*_):
-    STOP.append(True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def prepare(start: Path | str, config: Config):
-    """Model, tokenizer, optimizer, the problems to train on and the held-out ones."""
-    torch.set_num_threads(config.threads)
-    if config.domain == "search":
-        import_module("tiny_tasks.dialogue").load_knowledge(config.knowledge)  # or refuse it now
-    model, tokenizer = load_model(start, config)
-    problems = load_problems(config.data, config.guide, tokenizer, config)
-    tests = load_problems(config.test_data, "none", tokenizer, config)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate,
-                                  weight_decay=config.weight_decay)
-    return model, tokenizer, optimizer, problems, tests
+def describe(rollouts: list[Rollout], config: Config) -> dict:
+    """What the rollouts of a step were like."""
+    rewards = torch.tensor([r.reward for r in rollouts])  # (B*G,)
+    rewards = rewards.view(-1, config.group_size)  # (B, G)
+    values = {
+        "reward": rewards,
+        "zero_variance_wrong": rewards.amax(1) == 0,
+        "zero_variance_right": rewards.amin(1) == 1,
+        "completion_length": [sum(r.sampled) for r in rollouts],
+        "truncated": [not r.ended for r in rollouts],
+        "guided": [r.guided for r in rollouts],
+        "leak_rate": [r.problem.leaky for r in rollouts if r.guided] or [0],
+    }
+    means = [torch.as_tensor(value).float().mean().item() for value in values.values()]
+    return dict(zip(values, means, strict=True))
+
 
 def train(config: Config) -> Path:
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
-    folder, start = files.open_run(config)
-    model, tokenizer, optimizer, problems, tests = prepare(start, config)
-    done = files.restore(folder, optimizer, config)
+    torch.set_num_threads(config.threads)
+    folder = open_run(config)
+    model, tokenizer = load_model(config.model, config)
+    problems = load_problems(config.data, config.guide, tokenizer, config)
+    tests = load_problems(config.test_data, "none", tokenizer, config)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
+    done = restore(folder, model, optimizer, config)
     if done == 0:
         torch.manual_seed(config.seed)
-        group = rollout(model, tokenizer, problems[:1], [bool(problems[0].guide)], 1, config)[0]
-        files.show_start(model, problems, tests, group, config)
-        files.append(folder, "metrics", [{"step": 0} | evaluate(model, tokenizer, tests, config)])
-    bar, shown = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps), {}
+        show_start(model, problems, tests, config)
+        before = {"step": 0} | evaluate(model, tokenizer, tests, config)
+        append(folder / "metrics.jsonl", [before])
+    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
     for step in bar:
-        groups, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
-        if step == config.steps or step % config.eval_every == 0:
+        state = model, tokenizer, optimizer
+        rollouts, metrics = train_step(*state, problems, step, config)
+        if step % config.eval_every == 0 or step == config.steps:
             metrics |= evaluate(model, tokenizer, tests, config)
-            shown["unguided"] = metrics["pass@1"]["mean"][0]
-            if shown["unguided"] > files.best_accuracy(folder):
-                files.save_checkpoint(folder, "best", model, tokenizer, optimizer, step)
-        files.append(folder, "metrics", [metrics])
-        files.append(folder, "rollouts", [
-            {"step": step, "question": g.problem.question, "rewards": g.rewards,
-             "guide": g.problem.guide if g.guided else "", "completions": g.texts} for g in groups])
-        if STOP or step == config.steps or step % config.save_every == 0:
-            files.save_checkpoint(folder, "checkpoint", model, tokenizer, optimizer, step)
-        bar.set_postfix(shown | {k: metrics[k] for k in metrics if re.match("reward|zero", k)})
-        if STOP:
-            raise KeyboardInterrupt
+        bar.set_postfix(reward=metrics["reward"])
+        append(folder / "metrics.jsonl", [metrics])
+        append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
+        if step % config.save_every == 0 or step == config.steps:
+            save_checkpoint(folder, model, optimizer, step)
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
     return folder
 
-def main(arguments: list[str] | None = None) -> int:
-    start = time.perf_counter()
-    files.quiet()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False,
-                              usage="smepo.py [--flag value ...], smepo.py mask, compare or export")
+
+def loggable(r: Rollout, step: int) -> dict:
+    guide = r.problem.guide if r.guided else ""
+    record = {"step": step, "question": r.problem.question, "guide": guide}
+    return record | {"completion": r.text, "reward": r.reward}
+
+
+# ---- Data and models -------------------------------------------------------------
+
+COLUMNS = {  # as data sets call them: the first that is there and is not taken yet
+    "question": ("question", "extra_info.question", "problem", "prompt"),
+    "trace": ("teacher_ds", "extra_info.teacher_ds", "trace", "solution", "answer"),
+    "answer": ("reward_model.ground_truth", "ground_truth", "answer"),
+}
+
+
+def choose_columns(names: list[str], path: str, config: Config) -> dict[str, str]:
+    """{"question": its column, "trace": ..., "answer": ...}, and says so."""
+    columns = dict(pair.split("=", 1) for pair in config.columns)
+    for part, usual in COLUMNS.items():
+        free = [name for name in usual if name in names and name not in columns.values()]
+        columns.setdefault(part, next(iter(free), "stated by the trace"))
+    print(f"{path}:", ", ".join(f"{part}: {columns[part]}" for part in COLUMNS))
+    return columns
+
+
+def read_rows(path: str, split: str):
+    """A file, a folder or hub/id:configuration; what is nested is called a.b then."""
+    import datasets  # here, as this takes a second
+
+    datasets.disable_progress_bars()
+    kind = "parquet" if path.endswith("parquet") else "json"
     try:
-        if arguments[:1] in (["mask"], ["compare"], ["export"]):
+        if path.endswith(("parquet", "json", "jsonl")):
+            splits = datasets.load_dataset(kind, data_files=path)
+        else:
+            name = [path] if Path(path).exists() else path.split(":")
+            splits = datasets.load_dataset(*name)
+        rows = splits[split] if split in splits else next(iter(splits.values()))
+        return rows.flatten(max_depth=2)
+    except Exception as error:  # whatever a broken file makes the readers raise
+        reason = repr(error.__cause__ or error)
+        raise UserError(f"{path} has no rows to read: {reason}") from error
+
+
+def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
+    rows = read_rows(path, "train" if path == config.data else "test")
+    columns = choose_columns(rows.column_names, path, config)
+    needed = ["question", "answer"]
+    if guide != "none" or config.expert_coef:
+        needed.append("trace")
+    problems = []
+    for number, row in enumerate(rows, start=1):
+        texts = {part: as_text(row.get(column)) for part, column in columns.items()}
+        texts["answer"] = texts["answer"] or stated(texts["trace"])
+        for part, text in texts.items():
+            if not text.strip() and part in needed:
+                rule = "add it, or see --columns"
+                raise UserError(f"{path} row {number} has no {part}: {rule}")
+        if check := find_domain(config.domain).check:
+            try:
+                check(texts["answer"])
+            except ValueError as error:
+                raise UserError(f"{path} row {number}: {error}") from error
+        difficulty = as_text(row.get("difficulty", "all"))
+        problems.append(Problem(**texts, difficulty=difficulty))
+    return problems
+
+
+def as_text(value) -> str:
+    """Of a column: chat messages, or a number or unit tests, as JSON."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list):
+        return "\n\n".join(message["content"] for message in value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load_model(path: str | Path, config: Config):
+    """The model, in float32, and its tokenizer."""
+    device = config.device
+    if device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.to(device)
+    except Exception as error:  # whatever a broken folder makes the loaders raise
+        message = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load --model {path} on {device}: {message}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {path} has no eos_token: save one there")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    # several EOS ids are kept; what else the folder recommends would bend the rollouts
+    eos_ids = model.generation_config.eos_token_id or []
+    if isinstance(eos_ids, int):
+        eos_ids = [eos_ids]
+    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"--model {path} has weights that are not finite")
+    if model.device.type != "cpu":  # the weights stay float32
+        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    return model.eval(), tokenizer  # no dropout: it would bend the ratio
+
+
+PLAIN_TEMPLATE = (  # for base models
+    "{% for message in messages %}"
+    "{{ message.role | capitalize }}: {{ message.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+# ---- The run folder: at whatever instant the process dies, --resume works --------
+
+
+def run_folder(config: Config) -> Path:
+    """runs/NAME. No name: the latest to resume, or a new one that says what the run is."""
+    runs = Path("runs")
+    if config.name:
+        return runs / config.name
+    if config.resume:
+        known = sorted(runs.glob("*/config.json"), key=os.path.getmtime)
+        if not known:
+            raise UserError("--resume: no run is in runs/ yet")
+        return known[-1].parent
+    data = Path(config.data)
+    words = [data.parent.name if data.stem == "train" else data.stem, config.guide]
+    if config.guide_when != "always":
+        words.append(config.guide_when)
+    label = re.sub(r"[^\w.]+", "-", "-".join(words))
+    names = chain([label], (f"{label}-{number}" for number in count(2)))
+    return next(runs / name for name in names if not (runs / name).exists())
+
+
+def open_run(config: Config) -> Path:
+    """The run folder: new, or to be resumed with the settings that it has."""
+    folder = run_folder(config)
+    path = folder / "config.json"
+    if path.exists():
+        before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
+        free = ("name", "resume", "steps", "device", "micro_tokens")
+        changed = [key for key in now if key not in free and before.get(key) != now[key]]
+        if changed or not config.resume:
+            flags = "".join(f" --{key} {before.get(key)}" for key in changed)
+            rule = f"go on with --resume{flags}, or take another --name"
+            raise UserError(f"{folder} holds a run: {rule}")
+    return folder
+
+
+@contextmanager
+def replacing(path: Path):
+    """All of a file or nothing: it is written aside, then swapped in."""
+    new = path.with_name(path.name + ".new")
+    yield new
+    os.replace(new, path)
+
+
+def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+    state = {
+        "step": step,  # each seeds its own sampling: no other random state is kept
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "log_sizes": {path.name: path.stat().st_size for path in folder.glob("*.jsonl")},
+    }
+    with replacing(folder / "checkpoint" / "training.pt") as new:
+        torch.save(state, new)
+
+
+def restore(folder: Path, model, optimizer, config: Config) -> int:
+    """Back to the checkpoint, the logs too; returns the steps that it has, or 0."""
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.json") as new:
+        new.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
+    state = {"step": 0, "log_sizes": {}}
+    saved = folder / "checkpoint" / "training.pt"
+    if saved.exists():
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for path in (folder / "metrics.jsonl", folder / "rollouts.jsonl"):
+        if path.exists():
+            os.truncate(path, state["log_sizes"].get(path.name, 0))
+    return state["step"]
+
+
+def append(path: Path, records: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+# ---- What the reader sees --------------------------------------------------------
+
+
+def show_start(model, problems: list[Problem], tests: list[Problem], config: Config):
+    """What is trained on what."""
+    print(
+        f"model {config.model}, {model.num_parameters():,} parameters, {model.device}\n"
+        f"data  {len(problems)} problems to train on, {len(tests)} to evaluate unguided\n"
+        f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} leak\n\n"
+        f"{problems[0].question}\n\n{problems[0].guide}\n"
+    )
+
+
+def report(folder: Path) -> None:
+    """The table before -> after, and curve.png where matplotlib is there to draw it."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [record for record in map(json.loads, lines) if "pass@1" in record]
+    first, last = points[0], points[-1]
+    print(f"\nunguided accuracy  step 0           step {last['step']:<11} change")
+    for level, (mean, error) in first["pass@1"].items():
+        after, e = last["pass@1"][level]
+        row = f"{mean:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - mean:+.3f}"
+        print(f"difficulty {level:<6}  {row}")
+    if find_spec("matplotlib") and find_spec("tiny_tasks"):
+        import_module("tiny_tasks.plots").draw_run(folder)
+    print(f"\n{folder} holds it all.", "`--guide none` trains GRPO, `compare --quick` draws both.")
+
+
+# ---- Math: the verifier ----------------------------------------------------------
+UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
+    fourteen fifteen sixteen seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh
+    twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth
+    twentieth""".split()
+SCALES = {"half": Fraction(1, 2), "dozen": 12, "hundred": 100}
+SCALES |= {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+VALUES = SCALES | {word: n for n, word in enumerate(UNITS)}
+VALUES |= {word: 10 * n for n, word in enumerate(TENS, start=2)}
+NUMERALS = VALUES | {word: n for n, word in enumerate(ORDINALS, start=1)}
+
+BRACED = r"[^{}]"  # what may stand between braces, themselves balanced, five deep
+for _ in range(4):
+    BRACED = rf"(?:[^{{}}]|\{{{BRACED}*\}})"
+STATED = re.compile(
+    rf"""(?i) \\f?boxed \s? \{{ ({BRACED}*) \}}
+    | <answer> ([^<]*)
+    | (?: \#\#\#\# | answer(?:[ ]is:?|:) (?!\W*(?:in)?correct) )  # "the answer is correct"
+      [\s*]* ( (?: [^\n<.\\] | \.(?!\s|$) | \\(?!f?boxed) )* )  # up to the full stop
+    """,
+    re.VERBOSE,
+)
+SYMBOLS = {"-": "−", r"\pi": "π", r"\sqrt": "√", r"\infty": "∞"}
+TYPESETTING = [
+    (r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|displaystyle)|\\[,!;: ]|\\?\$|\^\{?\\circ\}?|°|\*\*", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+]
+COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"  # 12,480, 12,\!480, 12{,}480, 12\,480
+TIMES_TEN_TO = r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?"
+SCALE = "|".join(SCALES)
+UNIT = rf"(?<=[\d}}])(?:\s+(?!{SCALE})[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
+NUMBER_FORMS = [
+    (r"^[a-z]\w*\s*=|\\?%$", ""),  # x = 5; 50% is 50
+    (UNIT, ""),
+    (rf"(?<=\d){COMMA}(?=\d{{3}}(?!\d))", ""),
+    (TIMES_TEN_TO, "e"),
+    (r"\\frac\s?(\{[^{}]*\}|\d)\s?(\{[^{}]*\}|\d)", r" \1/\2"),
+    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0])),
+    (r"[\\{}]|(?<=[{/+-])\s+|\s+(?=[}/])", ""),  # \frac { 1 } { 2 }
+    (r"^-(\d+)\s+(?=\d)", r"-\1 -"),  # -2 1/2 is -2 and -1/2
+    ("⁄", "/"),
+]
+
+
+def replace_all(text: str, table: list[tuple]) -> str:
+    for pattern, new in table:
+        text = re.sub(pattern, new, text)
+    return text.strip()
+
+
+def stated(text: str) -> str:
+    r"""The last answer in a text: \boxed{...}, #### ..., <answer>... or "The answer is ..."."""
+    answer = ""
+    for match in STATED.finditer(text):
+        answer = match[match.lastindex].strip(" *\n") or answer
+    return answer
+
+
+def plain(text: str) -> str:
+    r"""Without what only typesets: `$\text{(B)}$.` is `(B)`, and π is \pi."""
+    for latex, symbol in SYMBOLS.items():
+        text = text.replace(symbol, latex)
+    return replace_all(text, TYPESETTING).rstrip(" .")
+
+
+def spelled_value(words: list[str]) -> Fraction | None:
+    """one hundred and five, three dozen, twenty-first; but "two three" is no number."""
+    total = Fraction(0)
+    for word in words:
+        if word in SCALES:
+            part = total % max(SCALES[word], 100)  # of "two thousand five hundred": five
+            total += (part or 1) * SCALES[word] - part
+        elif total % 10:
+            return None
+        else:
+            total += NUMERALS[word]
+    return total
+
+
+def number_value(text: str) -> Fraction | None:
+    r"""x = 42.0, 1,234, \frac14, 2 1/2, ½, 3 \times 10^8, 50% (as 50), 5 cm, forty-two; or None."""
+    text = plain(text).casefold()
+    if len(text) > 100:  # no number; some patterns below are slow on long texts
+        return None
+    words = re.findall(r"\w+", text.replace(" and ", " "))
+    if words and NUMERALS.keys() >= set(words):
+        return spelled_value(words)
+    text = replace_all(text, NUMBER_FORMS)
+    if not re.fullmatch(r"(?:[-+]?\d+ +(?=-?\d+/))?[-+]?[\d.]+(?:/\d+|e-?\d{1,3})?", text):
+        return None
+    try:
+        return Fraction(sum(map(Fraction, text.split())))
+    except (ValueError, ZeroDivisionError):  # 1.2.3, 1/0
+        return None
+
+
+def canonical(text: str) -> str:
+    """How two texts compare: x^{2} is x^2, (B) is b."""
+    text = re.sub(r"\s|\{(?=\w\})|(?<=\{\w)\}", "", plain(text).casefold())
+    return re.sub(r"^\((\w)\)$", r"\1", text)
+
+
+def same_answer(given: str, truth: str) -> bool:
+    r"""Numbers compare by value (1,234 is 1234, \frac14 is 0.25), all else as text."""
+    value = number_value(truth)
+    if value is not None:
+        return number_value(given) == value
+    return given != "" and canonical(given) == canonical(truth)
+
+
+def math_rewards(texts: list[str], truths: list[str]) -> list[float]:
+    """1.0 where the last answer that a text states is right, else 0.0."""
+    answers = map(stated, texts)
+    return [float(same_answer(*pair)) for pair in zip(answers, truths, strict=True)]
+
+
+# ---- Math: what is hidden --------------------------------------------------------
+# One regex reads a trace from left to right, and the first rule that matches wins: "Step 1"
+# is consumed before a number can begin at its 1. Every repeat is bounded, or ends where the
+# next one begins: no text makes the search slow.
+@dataclass
+class Rule:
+    action: str  # keep; number or answer: hide; equal: hide it if it equals the answer
+    example: str  # where the rule acts; a test runs it
+    pattern: str  # re.VERBOSE
+
+
+def any_of(words: list[str]) -> str:
+    """One of these words, whole; the first look-ahead only saves time."""
+    initials = "".join(word[0] + word[0].upper() for word in words)
+    return f"(?:(?=[{initials}])(?i:{'|'.join(words)})(?![A-Za-z]))"
+
+
+MASK = r"\[(?:NUMBER|ANSWER)\]"
+TITLE = r"""(?=[A-Z])(?i:step|(?:sub)?case|part|stage|lemma|theorem|thm|corollary|proposition|claim
+    |remark|definition|method|solution|problem|question|example|section|table|figure|eq|equation)"""
+DOTTED = r"\d{1,3}(?:\.\d{1,3}){0,3}"  # 4.2
+ID = rf"\(?(?:[A-Z]\.)?(?:{DOTTED}|{any_of(UNITS[1:10])})(?!\d|[.,]\d|\s?(?:[=^+<>%×·*/]|\\[ct]))"
+IDS = rf"""(?:\.?[ ~_-]?\#?{ID}
+    |s[ ~]{ID}(?:(?:,?\ (?:and|or|to)\ |,\ |[-–]){ID}){{0,9}})"""  # Case 1; Cases 1, 2 and 3
+COUNTS = r"(?:\ ?[-+]|\ (?:of|[ckm]?[mgl]|(?!is|has|gives)[a-z]+s)\b)"  # "case 17 draws"
+ITEM = rf"(?:\(\d{{1,2}}\)|{DOTTED}[.):]|(?<=\#\ ){DOTTED})"  # (1), 1., 1.2), ## 2.1
+NAME = r"(?:(?<!\\)[A-Za-zα-ω]\}?|\\(?!log|int|sum|prod|lim)[A-Za-z]+)'{0,3}"
+THE = r"(?:(?<=[Tt]he\ )|(?<=[Tt]hese\ )|(?<=[Tt]hose\ ))"
+FEW = any_of(UNITS[2:7])
+CARDINAL = any_of(list(VALUES))
+ORDINAL = any_of(ORDINALS + [f"{word}s" for word in ORDINALS])
+SIGN = r"(?:(?<![\w)\]}!'])(?<![\d)\]}]\ )(?<!\b\w\ )[-+−])?"  # else an operator: n-3, 7 - 6
+DECIMAL = rf"(?:\d+(?:{COMMA}\d{{3}}(?!\d))*(?:\.\d+)?|\.\d+)"
+
+RULES = [
+    Rule("keep", "[NUMBER]", MASK),
+    Rule("keep", "Theorem 4.2", rf"{TITLE}{IDS}"),
+    Rule("keep", "by cases 1 and 2", rf"(?:step|case|part|equation){IDS}(?!{COUNTS})"),
+    Rule("keep", "from (1)", r"(?:from|in|into|and|with|by|via|see|of|\w{2,9}ing)\ \(\d{1,2}\)"),
+    Rule("keep", "1. Let", rf"^[\ \t>*_\#-]{{0,9}}{ITEM}(?=\**[\ \t]+\S)"),
+    Rule("keep", "x_1", rf"{NAME}(?:_(?:\d+|\{{[\w+*,\ -]{{1,20}}\}})|[₀-₉]+)"),
+    Rule("keep", r"\tag{1}", r"\\(?:tag|label|(?:eq)?ref|phantom|[hv]space)\*?\{[^{}]{0,60}\}"),
+    Rule("equal", "the two roots", rf"{THE}{FEW}(?=\ [a-z])(?!\ {CARDINAL})"),
+    Rule("equal", "first", ORDINAL),
+    Rule("equal", "one can", rf"{any_of(['one', 'half'])}(?![ -]{CARDINAL}|-{ORDINAL})"),
+    Rule("answer", r"\boxed{x+1}", rf"(?:(?<=boxed\{{)|(?<=fbox\{{)){BRACED}+(?=\}})"),
+    Rule("number", "forty-two", rf"{CARDINAL}(?:[ -]{CARDINAL})*(?:-{ORDINAL})?"),
+    Rule("number", "-3.5%", rf"{SIGN}{DECIMAL}(?:\ ?\\?%|(?:st|nd|rd|th)\b)?"),
+    Rule("number", "2⁵ or ½", r"[¼-¾⅐-⅞⁺⁻⁰¹²³⁴-⁹₀-₉]+"),
+]
+
+
+def either(action: str) -> str:
+    return "|".join(rule.pattern for rule in RULES if rule.action == action)
+
+
+MATH = re.compile(
+    rf"""{either("keep")} | (?P<equal>{either("equal")}) | (?P<answer>{either("answer")})
+    | (?P<number>{either("number")}) | [A-Za-z]+  # other words: no rule begins inside them
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
+# What may stand between the signs of an answer: it only typesets, or is often left out.
+NOISE = r"""(?:[\s{}()\[\]$*/]
+    |\\(?:left|right|cdot|times|text|math[a-z]+|rm|[dt]?frac|[,;:!\ ]|(?![A-Za-z]))){0,6}"""
+ANSWER_SIGN = rf"{NOISE}(\\[A-Za-z]+|[A-Za-z]{{3,}}|[^\\\s{{}}()\[\]$*/])"
+SPELLINGS = {latex: f"(?:{re.escape(latex)}|{symbol})" for latex, symbol in SYMBOLS.items()}
+# A letter, yes and no are plain words as well: they are hidden only where they conclude.
+PLAIN_WORD = r"[a-z]|yes|no|true|false"
+CONCLUDED = r"""
+    (?= (?: (?<![A-Za-z])(?i:answer|ans|option|choice|choose|correct) [^\[\]]{0,40}? \[?
+          | (?:[选案]|\#\#\#\#) [^\[\]]{0,40}?
+          | (?<![A-Za-z])(?i:so|thus|hence|therefore)\b [\w\s$({\\:,"“*]{0,40}?
+          | \bis\b [\w\s$({\\:,"“*]{0,9}?
+          | \n\W{0,4} (?=\w{1,5}\W{0,4}\Z) )  # a line of its own, at the end
+        (?<![A-Za-z\d\]]) (?P<end>(?i:WORD))
+        (?! [A-Za-z\d'’-] | \[ | \ (?!and|or|because|since)[A-Za-z\[] ) )
+    | \(\W{0,3} (?:\\[a-z]{2,6}\W{1,3})? (?P<option>WORD) \W{0,3}\)
+    | (?<![A-Za-z\d\]])(?P<subject>WORD) (?=\ is\ (?:the\ )?(?:correct|right|answer))
+"""
+
+
+def answer_pattern(answer: str) -> str:
+    if re.fullmatch(PLAIN_WORD, canonical(answer)):
+        return CONCLUDED.replace("WORD", re.sub(r"\W", "", plain(answer)))
+    signs = re.findall(ANSWER_SIGN, plain(answer), re.VERBOSE)[:100]
+    text = NOISE.join(SPELLINGS.get(sign, re.escape(sign)) for sign in signs)
+    return rf"(?<![A-Za-z\d])(?<!R\]) (?P<all>(?i:{text})) (?![A-Za-z\d]|{MASK})"
+
+
+def answer_spans(trace: str, answer: str) -> list[Span]:
+    """Wherever the answer stands, unless it is a number: RULES hide all of them."""
+    is_text = re.search(r"[^\W_]", answer) and not re.search(MASK, answer)
+    if not is_text or number_value(answer) is not None:
+        return []
+    spans = []
+    for match in re.finditer(rf"{MASK} | {answer_pattern(answer)}", trace, re.VERBOSE):
+        if match.lastgroup:
+            start, end = match.span(match.lastgroup)
+            braces = "}" * (trace.count("{", start, end) - trace.count("}", start, end))
+            if trace.startswith(braces, end):  # the last one of \sqrt{3}
+                end += len(braces)
+            spans.append((start, end, "[ANSWER]"))
+    return spans
+
+
+def math_spans(trace: str, answer: str) -> list[Span]:
+    """Numbers, boxes, and the answer: the given one, else what the trace states."""
+    answer = answer or stated(trace)
+    spans = answer_spans(trace, answer)
+    for match in MATH.finditer(trace):
+        action = match.lastgroup
+        if action == "answer":
+            spans.append((*match.span(), "[ANSWER]"))
+        elif action == "number" or (action == "equal" and same_answer(match[0], answer)):
+            spans.append((*match.span(), "[NUMBER]"))
+    return spans
+
+
+# ---- Math: can the answer still be read off? -------------------------------------
+# It shares nothing with the rules above, or it could not see what they miss.
+LABELS = re.compile(
+    r"""(?im)
+    (?<![a-z])(?:step|(?:sub)?case|part|stage|lemma|theorem|thm|corollary|proposition|claim|remark
+      |section|solution|method|problem|question|example|figure|table|eq|equation)
+      (?:s\ (?:\(?\d+\)?(?:,|\ and|\ to|\ or|[-–])\ ?)*|[ .~_\#-]{0,3})
+      \(?(?:[\d.]*\d|one|two|three|four|five)
+    | ^[ \t>*\#_-]{0,9}\(?\d{1,2}(?:\.\d+)*[.):]?[*_]*\s | \(\d{1,2}\)
+    | _(?:\{[^{}]{0,20}\}|\d+|\w) | (?<=[a-z])[₀-₉]+
+    | \\(?:tag|label|(?:eq)?ref|phantom|[hv]space)\*?\{[^{}]*\}
+    """,
+    re.VERBOSE,
+)
+DIGITS = rf"(?:\d+(?:{COMMA}\d{{3}})*(?:\.\d+)?|\.\d+)"
+FRACTION = r"\d*\s?(?:\\[dtc]?frac(?:\s?(?:\{[^{}]*\}|\d)){2}|[¼-¾⅐-⅞])|(?:\d+\s)?\d+/\d+"
+WORDS = rf"(?:{'|'.join(NUMERALS)})(?![a-z])"
+VISIBLE = re.compile(
+    rf"{FRACTION}|{DIGITS}(?:{TIMES_TEN_TO}\{{?-?\d+)?"
+    rf"|(?i:(?<![a-z]){WORDS}(?:[ -](?:and )?{WORDS})*)"
+)
+SAID = r"""(?:(?i:answer|ans\b|option|choice|choose|correct|\#\#\#\#|[选案])[^#]{0,40}?
+    | (?i:\b(?:so|is))[\s$({\\:,"“*]{0,4}) (?<![A-Za-z\d])(?i:WORD)(?![A-Za-z\d'’-])(?!\ [A-Za-z])
+    | \(WORD\) | \n[^\w#]{0,4}WORD[^\w#]{0,4}\Z | WORD\ is\ (?:the\ )?(?:correct|right|answer)"""
+
+
+def math_leaks(masked: str, answer: str) -> bool:
+    """Is a number of the answer's value visible, or its text? If in doubt, yes."""
+    text = LABELS.sub("#", re.sub(MASK, "#", masked))
+    value = number_value(answer)
+    if value is not None:
+        numbers = {*VISIBLE.findall(text), *re.findall(DIGITS, text)}
+        return any(number_value(number) in (value, -value) for number in numbers)
+    signs = re.sub(r"\\?[{}]", "", canonical(answer))
+    pattern = "(?i:" + r"[\s{}\\]{0,6}".join(map(re.escape, signs)) + ")"
+    if re.fullmatch(PLAIN_WORD, signs):
+        pattern = SAID.replace("WORD", re.sub(r"\W", "", plain(answer)))
+    pattern = rf"(?<![A-Za-z\d\#])(?:{pattern})(?![A-Za-z\d\#])"
+    return bool(re.search(pattern, plain(text), re.VERBOSE))
+
+
+DOMAINS = {
+    "math": Domain(
+        system="Reason step by step, and put your final answer within \\boxed{}.",
+        spans=math_spans,
+        leaks=math_leaks,
+        rewards=math_rewards,
+    )
+}
+
+
+# ---- Main ------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> Config:
+    """Flags to Config; with --resume the settings of that run are the defaults."""
+    source = inspect.getsource(Config)
+    helps = re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE)
+    for setting, (_, help) in zip(fields(Config), helps, strict=True):
+        setting.metadata = {"help": help}
+    parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False)
+    read = parser.parse_args_into_dataclasses
+    config, rest = read(arguments, return_remaining_strings=True)
+    if rest:
+        raise UserError(f"unknown flag {rest[0]}: --help lists them all")
+    if config.resume:
+        path = run_folder(config) / "config.json"
+        parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
+        config = read(arguments)[0]
+    return config
+
+
+def main(arguments: list[str]) -> int:
+    logging.disable_progress_bar()
+    try:
+        if arguments[:1] in (["mask"], ["compare"], ["export"], ["show"]):
             import_module(f"tiny_tasks.{arguments[0]}").main(arguments[1:])
-            return 0
-        config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if rest:
-            raise UserError(f"unknown flag {rest[0]}: --help lists them all")
-        files.report(train(config), start)
-        return 0
+        else:
+            report(train(parse(arguments)))
     except (UserError, argparse.ArgumentError, OSError) as error:
         print(f"smepo.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped: --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    return 0
+
 
 if __name__ == "__main__":
     sys.modules["smepo"] = sys.modules[__name__]  # what tiny_tasks imports: this very module
     sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,46 +1,44 @@
 """Write the toy datasets, byte for byte the same from the same seed.
 
-    python tiny_tasks/make_tasks.py            # rewrite the jsonl files beside this script
-    python tiny_tasks/make_tasks.py --check    # change nothing; exit 1 if a file differs
+python -m tiny_tasks.make_tasks            # rewrite the jsonl files in the rooms
+python -m tiny_tasks.make_tasks --check    # change nothing; exit 1 if a file differs
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from tiny_tasks import arithmetic, coding, searching, toys  # noqa: E402
+import smepo
+from tiny_tasks import toys
 
-TOYS = {"arithmetic": arithmetic, "code": coding, "search": searching}
+HERE = Path(__file__).resolve().parent
+
+
+def files_of(task: str, seed: int) -> dict[Path, bytes]:
+    toy, room = toys.find(task), HERE / smepo.TOYS[task]
+    files = {
+        "train.jsonl": toys.draw_rows(toy, seed, toy.TRAIN, held_out=False),
+        "test.jsonl": toys.draw_rows(toy, seed + 1, toy.TEST, held_out=True),
+    }
+    files |= getattr(toy, "FILES", {})
+    return {room / name: toys.to_jsonl(rows) for name, rows in files.items()}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    files = {}
-    for name, toy in TOYS.items():
-        train = toys.draw_rows(toy, arguments.seed, toy.TRAIN, held_out=False)
-        test = toys.draw_rows(toy, arguments.seed + 1, toy.TEST, held_out=True)
-        files |= {f"{name}_train.jsonl": train, f"{name}_test.jsonl": test}
-        files |= getattr(toy, "FILES", {})
-    stale = []
-    for name, rows in files.items():
-        path = HERE / name
-        text = toys.to_jsonl(rows)
-        if path.exists() and path.read_bytes() == text:
-            continue
-        stale.append(name)
-        if not arguments.check:
-            path.with_suffix(".tmp").write_bytes(text)
-            os.replace(path.with_suffix(".tmp"), path)
-    if arguments.check:
-        print(f"differ: {', '.join(stale)}" if stale else "all files are as the seed makes them")
-        return 1 if stale else 0
-    print(f"wrote {', '.join(stale)}" if stale else "nothing to change")
-    return 0
+    given = parser.parse_args()
+    differ = []
+    for task in smepo.TOYS:
+        for path, content in files_of(task, given.seed).items():
+            if not path.exists() or path.read_bytes() != content:
+                differ.append(str(path.relative_to(HERE)))
+                if not given.check:
+                    with smepo.replacing(path) as new:
+                        new.write_bytes(content)
+    print("differ:" if given.check else "wrote:", ", ".join(differ) or "none")
+    return int(given.check and bool(differ))
 
 
 if __name__ == "__main__":

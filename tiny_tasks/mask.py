@@ -12,7 +12,6 @@ from statistics import mean
 from tqdm import tqdm
 
 import smepo
-from tiny_tasks import files
 
 Cells = list[tuple[str, bool]]  # characters, and whether each is hidden or a mask
 
@@ -34,16 +33,25 @@ def wrap(cells: Cells, width: int) -> list[Cells]:
     return lines or [[]]
 
 
+def columns_of(trace: str, spans: list[smepo.Span], start: int, end: int) -> tuple[Cells, Cells]:
+    """A line of the trace, and of its mask, which stands where its span begins."""
+    left, right = [], []
+    for at in range(start, end):
+        char = trace[at] if trace[at].isprintable() else " "
+        around = [span for span in spans if span[0] <= at < span[1]]
+        left.append((char, bool(around)))
+        if not around:
+            right.append((char, False))
+        elif around[0][0] == at:
+            right += [(sign, True) for sign in around[0][2]]
+    return left, right
+
+
 def side_by_side(trace: str, spans: list[smepo.Span], width: int) -> list[str]:
-    """Rows `trace | mask` of two columns, `width` each; a mask stands where its span begins."""
-    hidden, masks, rows = [False] * len(trace), {start: mask for start, _, mask in spans}, []
-    for start, end, _ in spans:
-        hidden[start:end] = [True] * (end - start)
+    """Rows `trace | mask` of two columns, `width` each."""
+    rows = []
     for line in re.finditer(r"[^\r\n]+|(?<=\n)(?=\r?\n)", trace):
-        left, right = [], []
-        for at in range(*line.span()):
-            left.append((trace[at] if trace[at].isprintable() else " ", hidden[at]))
-            right += [(char, True) for char in masks.get(at, "")] + left[-1:] * (not hidden[at])
+        left, right = columns_of(trace, spans, *line.span())
         for a, b in zip_longest(wrap(left, width), wrap(right, width), fillvalue=[]):
             rows.append(f"{paint(a)}{' ' * (width - len(a))} | {paint(b)}".rstrip())
     return rows
@@ -52,52 +60,65 @@ def side_by_side(trace: str, spans: list[smepo.Span], width: int) -> list[str]:
 def show_trace(trace: str, domain: str, answer: str) -> None:
     """One trace beside its mask, and the verdict."""
     answer = answer or smepo.stated(trace)
-    spans, width = smepo.hidden_spans(trace, domain, answer), shutil.get_terminal_size().columns
+    spans = smepo.hidden_spans(trace, domain, answer)
+    width = shutil.get_terminal_size().columns
     print("\n".join(side_by_side(trace, spans, max(20, width // 2 - 2))))
-    visible = len(trace) - sum(end - start for start, end, _ in spans)
-    print(f"\n{len(spans)} span{'s' * (len(spans) != 1)} hidden, "
-          f"{visible / len(trace):.0%} of the text kept")
-    if domain != "code" and not answer:
-        return print("no verdict on leaks: no --answer is given, and the trace states none")
+    plural = "" if len(spans) == 1 else "s"
+    print(f"\n{len(spans)} span{plural} hidden, {kept(trace, spans):.0%} of the text kept")
     target = "the code" if domain == "code" else f"the answer {answer}"
-    leaky = smepo.leaks(smepo.mask_trace(trace, domain, answer, spans), answer, domain)
-    print(f"{'LEAKS' if leaky else 'no leak'}: {target} can{'' if leaky else 'not'} be read off")
+    if domain != "code" and not answer:
+        print("no verdict on leaks: no --answer is given, and the trace states none")
+    elif smepo.leaks(smepo.replace_spans(trace, spans), answer, domain):
+        print(f"LEAKS: {target} can be read off")
+    else:
+        print(f"no leak: {target} cannot be read off")
 
 
-def show_data(path: str, domain: str) -> None:
+def kept(trace: str, spans: list[smepo.Span]) -> float:
+    return 1 - sum(end - start for start, end, _ in spans) / len(trace)
+
+
+def show_data(config: smepo.Config) -> None:
     """Leak rate, spans a trace and the share of text kept of each arm, over a whole file."""
-    rows, arms = list(files.read_rows(path, wants_trace=True)), {}
-    for question, answer, trace, _ in tqdm(rows):
-        semantic = smepo.hidden_spans(trace, domain, answer)
-        chosen = smepo.random_spans(trace, semantic, f"0 {question}")
-        prefix = smepo.guide_trace(trace, "prefix", domain)
-        for guide, text, spans in (("full", trace, []), ("prefix", prefix, []),
-                                   ("random", trace, chosen), ("semantic", trace, semantic)):
-            shown = smepo.mask_trace(text, domain, answer, spans)
-            kept = len(text) - sum(end - start for start, end, _ in spans)
-            arms.setdefault(guide, []).append((smepo.leaks(shown, answer, domain), len(spans),
-                                               kept / len(trace)))
-    print(f"{len(rows)} traces\nguide     leak rate  spans a trace  text kept")
-    for guide, columns in arms.items():
-        leaky, spans, kept = map(mean, zip(*columns, strict=True))
-        print(f"{guide:<8}  {leaky:<9.3f}  {spans:<13.1f}  {kept:.3f}")
+    problems = smepo.read_problems(config.data, "full", config)
+    arms = {"full": [], "prefix": [], "random": [], "semantic": []}
+    for p in tqdm(problems):
+        prefix = smepo.guide_trace(p.trace, "prefix", config.domain)
+        semantic = smepo.hidden_spans(p.trace, config.domain, p.answer)
+        spans = {
+            "full": [],
+            "prefix": [(len(prefix), len(p.trace), "")],
+            "random": smepo.random_spans(p.trace, semantic, f"0 {p.question}"),
+            "semantic": semantic,
+        }
+        for guide, hidden in spans.items():
+            shown = smepo.replace_spans(p.trace, hidden)
+            masks = [mask for _, _, mask in hidden if mask]
+            leaky = smepo.leaks(shown, p.answer, config.domain)
+            arms[guide].append((leaky, len(masks), kept(p.trace, hidden)))
+    print(f"{len(problems)} traces\nguide     leak rate  spans a trace  text kept")
+    for guide, measured in arms.items():
+        leak_rate, spans, text = map(mean, zip(*measured, strict=True))
+        print(f"{guide:<8}  {leak_rate:<9.3f}  {spans:<13.1f}  {text:.3f}")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="smepo.py mask", description=__doc__,
-                                     exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--domain", choices=smepo.DOMAINS, default="math")
+    settings = {"prog": "smepo.py mask", "exit_on_error": False, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **settings)
+    parser.add_argument("--domain", help="math, code, search or your own module")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", help="a text file with one trace; without it, standard input")
-    source.add_argument("--data", help="a jsonl or parquet file of problems with traces")
+    source.add_argument("--data", help="problems with traces, as a run takes them")
     parser.add_argument("--answer", default="", help="ground truth; else what the trace states")
+    parser.add_argument("--columns", nargs="+", default=[], help="of --data, as a run takes them")
     given, rest = parser.parse_known_args(arguments)
     if rest:
         raise smepo.UserError(f"unknown flag {rest[0]}: mask --help lists them all")
+    config = smepo.Config(domain=given.domain, data=given.data, columns=given.columns)
     if given.data:
-        return show_data(given.data, given.domain)
+        return show_data(config)
     raw = Path(given.trace).read_bytes() if given.trace else sys.stdin.buffer.read()
     trace = raw.decode("utf-8-sig", errors="replace").strip("\r\n")
     if not trace.strip():
         raise smepo.UserError(f"{given.trace or 'standard input'} is empty: give a trace to mask")
-    show_trace(trace, given.domain, given.answer)
+    show_trace(trace, config.domain, given.answer)

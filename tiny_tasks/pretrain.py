@@ -1,8 +1,8 @@
 """Rebuild the small base model of a toy from scratch: about 8 minutes on two CPU cores.
 
-    python tiny_tasks/pretrain.py                   # train, save, and print the calibration table
-    python tiny_tasks/pretrain.py --calibrate       # only print the table for the model in --out
-    python tiny_tasks/pretrain.py --task code       # another toy; also search
+    python -m tiny_tasks.pretrain                   # train, save, and print the calibration table
+    python -m tiny_tasks.pretrain --calibrate       # only print the table for the model in --out
+    python -m tiny_tasks.pretrain --task code       # another toy; also search
 
 The base resembles the large ones that SMEPO is for: it can follow a plan and copy, it computes
 carelessly, and it cannot plan the hardest problems alone. README.md beside this file says why.
@@ -11,11 +11,12 @@ carelessly, and it cannot plan the hardest problems alone. README.md beside this
 import argparse
 import os
 import random
+import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -23,12 +24,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import smepo  # noqa: E402
-from tiny_tasks import files, toys  # noqa: E402
-from tiny_tasks.compare import copy_rate  # noqa: E402
-from tiny_tasks.make_tasks import TOYS  # noqa: E402
+import smepo
+from tiny_tasks import toys
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -60,44 +57,62 @@ def make_tokenizer(toy) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def batches(toy, tokenizer, rng: random.Random, batch_size: int) -> Iterator[tuple]:
-    """Endless batches of like lengths: ids, attention mask, labels (-100: no loss), all (N, L).
-    Neither the prompt nor what an environment told has loss."""
+def labels_of(ids: list[int], offsets: list[tuple], told: list[tuple]) -> list[int]:
+    """-100, which has no loss, for what an environment told."""
+    labels = []
+    for token, (start, _) in zip(ids, offsets, strict=True):
+        hidden = any(a <= start < b for a, b in told)
+        labels.append(-100 if hidden else token)
+    return labels
+
+
+def encode(tokenizer, examples: list[tuple], told: re.Pattern | None) -> list[tuple]:
+    """(ids, labels) of each example, the shortest first. The prompt has no loss, either."""
+    prompts = [smepo.build_prompt(tokenizer, question, guide) for question, guide, _ in examples]
+    texts = [solution + tokenizer.eos_token for _, _, solution in examples]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    rows = []
+    for i, text in enumerate(texts):
+        ids, offsets = encoded["input_ids"][i], encoded["offset_mapping"][i]
+        spans = [match.span() for match in told.finditer(text)] if told else []
+        no_loss = [-100] * len(prompt_ids[i])
+        rows.append((prompt_ids[i] + ids, no_loss + labels_of(ids, offsets, spans)))
+    return sorted(rows, key=lambda row: len(row[0]))
+
+
+def batches(toy, tokenizer, rng: random.Random, size: int, told=None) -> Iterator[tuple]:
+    """Endless batches of like lengths: ids, attention mask, labels, all (N, L)."""
     while True:
-        examples = [toy.draw_example(rng) for _ in range(8 * batch_size)]
-        prompts = [smepo.build_prompt(tokenizer, *example[:2]) for example in examples]
-        solutions = [solution + tokenizer.eos_token for _, _, solution in examples]
-        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        encoded = tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
-        told = [[match.span() for match in smepo.TOLD.finditer(text)] for text in solutions]
-        labels = [[-100 if any(i <= a < j for i, j in spans) else token
-                   for token, (a, _) in zip(ids, offsets, strict=True)]
-                  for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"],
-                                                 told, strict=True)]  # fmt: skip
-        rows = sorted(zip(prompt_ids, encoded["input_ids"], labels, strict=True),
-                      key=lambda r: len(r[0] + r[1]))  # fmt: skip
-        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rows = encode(tokenizer, [toy.draw_example(rng) for _ in range(8 * size)], told)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         for part in rng.sample(parts, len(parts)):
-            rows = [(p + s, [-100] * len(p) + wanted) for p, s, wanted in part]
-            ids, labels = zip(*rows, strict=True)
+            ids, labels = zip(*part, strict=True)
             ids, mask = smepo.pad(ids, tokenizer.pad_token_id, "right", "cpu")
             labels, _ = smepo.pad(labels, -100, "right", "cpu")
             yield ids, mask, labels
 
 
-def pretrain(toy, steps: int, batch_size: int, learning_rate: float, seed: int):
-    """The trained model and its tokenizer."""
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer(toy)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+def make_model(tokenizer) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model, stream: Iterator[tuple], steps: int, learning_rate: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
-    stream = batches(toy, tokenizer, random.Random(seed), batch_size)
     bar = tqdm(range(steps), desc=f"{model.num_parameters():,} parameters")
     for step in bar:
         ids, mask, labels = next(stream)
@@ -109,57 +124,72 @@ def pretrain(toy, steps: int, batch_size: int, learning_rate: float, seed: int):
         schedule.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval(), tokenizer
 
 
-def calibrate(toy, model, tokenizer, config, count: int = 1000, seed: int = 12345) -> dict:
+def calibrate(toy, model, tokenizer, config: smepo.Config, count: int = 1000) -> dict:
     """{(guide, k): (accuracy, lucky)} over `count` held-out problems, sampled once each at T = 1.
 
     Lucky: right by its answer, although the solution is not the expert's. The last row, of a toy
     that has `altered`, shows traces with wrong results; its accuracy is how often the answer
     follows them.
     """
+    seed = 12345
     torch.manual_seed(seed)
     table, hardest = {}, max(toy.TRAIN)
     settings = [("none", k) for k in toy.TEST]
     settings += [(guide, hardest) for guide in ("semantic", "random", "full")]
     for guide, k in settings:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "rows.jsonl")
-            path.write_bytes(toys.to_jsonl(toys.draw_rows(toy, seed, {k: count}, held_out=True)))
-            problems = smepo.load_problems(str(path), guide, tokenizer, config)
-        groups = smepo.rollout(model, tokenizer, problems, [guide != "none"] * count, 1, config)
-        right = [group for group in groups if group.rewards[0]]
-        lucky = [group for group in right if group.texts[0] != group.problem.trace]
+        rows = toys.draw_rows(toy, seed, {k: count}, held_out=True)
+        problems = load_rows(rows, guide, tokenizer, config)
+        guided = [guide != "none"] * count
+        rollouts = smepo.rollout(model, tokenizer, problems, guided, config)
+        right = [rollout for rollout in rollouts if rollout.reward]
+        lucky = [rollout for rollout in right if rollout.text != rollout.problem.trace]
         table[guide, k] = len(right) / count, len(lucky) / count
-    if hasattr(toy, "altered"):
-        table["altered", hardest] = copy_rate(model, tokenizer, problems, config), 0.0
+    copied = toys.copy_rate(model, tokenizer, problems, config)
+    if copied is not None:
+        table["altered", hardest] = copied, 0.0
     return table
+
+
+def load_rows(rows: list[dict], guide: str, tokenizer, config) -> list[smepo.Problem]:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
+        path = Path(folder, "rows.jsonl")
+        path.write_bytes(toys.to_jsonl(rows))
+        return smepo.load_problems(str(path), guide, tokenizer, config)
+
+
+def save(model, tokenizer, out: Path) -> None:
+    """Written aside, then swapped in."""
+    new = out.with_name(out.name + ".new")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(new, out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=list(TOYS), default="arithmetic")
+    parser.add_argument("--task", choices=list(smepo.TOYS), default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
     parser.add_argument("--steps", type=int, help="else as many as the task's base took")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, then to 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the model folder, else the task's")
-    arguments = parser.parse_args()
-    files.quiet()
-    start, toy = time.perf_counter(), TOYS[arguments.task]
-    config = smepo.Config(task=arguments.task, device="cpu")
-    out = arguments.out or HERE.parent / config.model
-    if not arguments.calibrate:
-        steps = arguments.steps or toy.PRETRAIN_STEPS
-        settings = arguments.batch_size, arguments.learning_rate, arguments.seed
-        model, tokenizer = pretrain(toy, steps, *settings)
-        new = out.with_name(out.name + ".new")
-        for part in (model, tokenizer):
-            part.save_pretrained(new)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(new, out)
+    given = parser.parse_args()
+    start = time.perf_counter()
+    config = smepo.Config(task=given.task, device="cpu")
+    toy, told = toys.find(given.task), smepo.find_domain(config.domain).told
+    out = given.out or Path(config.model)
+    if not given.calibrate:
+        steps = given.steps or toy.PRETRAIN_STEPS
+        tokenizer = make_tokenizer(toy)
+        torch.manual_seed(given.seed)
+        model = make_model(tokenizer)
+        stream = batches(toy, tokenizer, random.Random(given.seed), given.batch_size, told)
+        pretrain(model, stream, steps, given.learning_rate)
+        save(model, tokenizer, out)
     model, tokenizer = smepo.load_model(out, config)
     print("guide     k  accuracy  of it lucky")
     for (guide, k), (accuracy, lucky) in calibrate(toy, model, tokenizer, config).items():

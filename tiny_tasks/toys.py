@@ -1,6 +1,6 @@
-"""What the toys share: a split that needs no list, rows in the official schema, sloppiness.
+"""What the toys share: a split that needs no list, rows in the official schema, a copying test.
 
-A toy is a module with these names. A problem is whatever the module likes.
+A toy is a module `tiny_tasks/<room>/toy.py` with these names. A problem is whatever it likes.
 
     TRAIN, TEST                     {difficulty k: number of problems}
     draw_problem(rng, k)            a problem of difficulty k
@@ -16,9 +16,15 @@ A toy is a module with these names. A problem is whatever the module likes.
 import json
 import random
 import zlib
+from dataclasses import replace
+from importlib import import_module
 
-ERROR_RATE = 0.25  # a value that the base writes itself is wrong this often
-WRONG_RATE = 0.5  # so many guides are careless themselves: what is shown is copied, not checked
+import smepo
+
+
+def find(task: str):
+    """The toy of a task: arithmetic, code or search."""
+    return import_module(f"tiny_tasks.{smepo.TOYS[task]}.toy")
 
 
 def is_held_out(question: str) -> bool:
@@ -53,3 +59,18 @@ def draw_rows(toy, seed: int, counts: dict[int, int], held_out: bool) -> list[di
 
 def to_jsonl(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float | None:
+    """Shown a wrong trace, how often does the answer follow it? None if the toy has no such."""
+    toy = find(config.task)
+    if not hasattr(toy, "altered"):
+        return None
+    misled = []
+    for problem in problems:
+        trace, answer = toy.altered(problem.question, random.Random(problem.question))
+        prompt = smepo.build_prompt(tokenizer, problem.question, trace)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        misled.append(replace(problem, answer=answer, guided_ids=ids))
+    rollouts = smepo.rollout(model, tokenizer, misled, [True] * len(misled), config)
+    return sum(rollout.reward for rollout in rollouts) / len(rollouts)

@@ -18,31 +18,36 @@ TEST = {2: 250, 3: 250, 4: 250, 5: 250}
 
 # ---- The world: every entity has one value for each relation of its kind -------------------------
 
-ENTITIES = {kind: names.split() for kind, names in {
-    "person": """Ada Agnes Alma Amir Anton Astrid Aurel Basil Beata Bela Boris Bruno Camille Carla
-        Casper Cedric Celia Clara Conrad Cyril Dagny Dalia Damian Daria Delia Dora Edgar Edith Egon
-        Elias Elsa Emil Erik Esther Fabian Felix Fiona Flora Frida Gerda Gilda Gregor Greta Gustav
-        Hanna Harald Hector Hedwig Helga Henrik Hilda Hugo Ida Igor Ilse Ingrid Irma Ivan Ivo Jana
-        Jasper Joanna Johan Jonas Judith Julius Karin Klara Klaus Konrad Lars Laura Leo Lena Linus
-        Lothar Lucia Ludwig Magda Malik Marta Max Mila Milan Mira Moritz Nadia Nils Nora Olaf Olga
-        Oscar Otto Paula Pavel Petra Ragna Ralf Rosa Rudolf Ruth Samira Selma Sigrid Simon Sofia
-        Sven Tamara Tania Theo Tilda Ulla Ursula Valentin Vera Viktor Wanda Xaver Yusuf Zora""",
-    "city": """Aarhus Bergen Bilbao Bremen Cadiz Cork Delft Dover Erfurt Faro Galway Gdansk Geneva
-        Ghent Graz Hull Kassel Kyoto Leeds Lille Linz Lyon Malaga Minsk Nantes Odense Oulu Padua
-        Parma Pisa Porto Riga Siena Tartu Toledo Turin Umea Varna Verona York""",
-    "country": """Arvania Belmark Corland Dravia Estovia Falmark Gorland Harvenia Istria Jorvik
-        Kaldia Lormark Morvania Norland Ostria Pelland Rovenia Sylvania Tarland Vestria""",
-    "company": """Acorn Borealis Cobalt Delta Ember Fulcrum Garnet Helix Indigo Jasmin Krypton Lumen
-        Magnet Nimbus Onyx Polaris Quartz Radian Saffron Tundra Umbra Vertex Willow Xenon Yarrow
-        Zephyr Aster Boreas Cirrus Dynamo""",
-}.items()}  # fmt: skip
+PEOPLE = """Ada Agnes Alma Amir Anton Astrid Aurel Basil Beata Bela Boris Bruno Camille Carla
+    Casper Cedric Celia Clara Conrad Cyril Dagny Dalia Damian Daria Delia Dora Edgar Edith Egon
+    Elias Elsa Emil Erik Esther Fabian Felix Fiona Flora Frida Gerda Gilda Gregor Greta Gustav
+    Hanna Harald Hector Hedwig Helga Henrik Hilda Hugo Ida Igor Ilse Ingrid Irma Ivan Ivo Jana
+    Jasper Joanna Johan Jonas Judith Julius Karin Klara Klaus Konrad Lars Laura Leo Lena Linus
+    Lothar Lucia Ludwig Magda Malik Marta Max Mila Milan Mira Moritz Nadia Nils Nora Olaf Olga
+    Oscar Otto Paula Pavel Petra Ragna Ralf Rosa Rudolf Ruth Samira Selma Sigrid Simon Sofia Sven
+    Tamara Tania Theo Tilda Ulla Ursula Valentin Vera Viktor Wanda Xaver Yusuf Zora""".split()
+CITIES = """Aarhus Bergen Bilbao Bremen Cadiz Cork Delft Dover Erfurt Faro Galway Gdansk Geneva
+    Ghent Graz Hull Kassel Kyoto Leeds Lille Linz Lyon Malaga Minsk Nantes Odense Oulu Padua Parma
+    Pisa Porto Riga Siena Tartu Toledo Turin Umea Varna Verona York""".split()
+COUNTRIES = """Arvania Belmark Corland Dravia Estovia Falmark Gorland Harvenia Istria Jorvik
+    Kaldia Lormark Morvania Norland Ostria Pelland Rovenia Sylvania Tarland Vestria""".split()
+COMPANIES = """Acorn Borealis Cobalt Delta Ember Fulcrum Garnet Helix Indigo Jasmin Krypton Lumen
+    Magnet Nimbus Onyx Polaris Quartz Radian Saffron Tundra Umbra Vertex Willow Xenon Yarrow
+    Zephyr Aster Boreas Cirrus Dynamo""".split()
+ENTITIES = {"person": PEOPLE, "city": CITIES, "country": COUNTRIES, "company": COMPANIES}
 RELATIONS = {  # of a kind: the kind of its value
-    "person": {"teacher": "person", "friend": "person", "neighbour": "person", "doctor": "person",
-               "birthplace": "city", "employer": "company"},
+    "person": {
+        "teacher": "person",
+        "friend": "person",
+        "neighbour": "person",
+        "doctor": "person",
+        "birthplace": "city",
+        "employer": "company",
+    },
     "city": {"country": "country", "mayor": "person"},
     "country": {"capital": "city", "president": "person"},
     "company": {"founder": "person", "director": "person", "headquarters": "city"},
-}  # fmt: skip
+}
 KIND = {name: kind for kind, names in ENTITIES.items() for name in names}
 
 
@@ -54,7 +59,8 @@ def make_world() -> dict[tuple[str, str], str]:
             values = names  # nobody is his own teacher
             while any(map(str.__eq__, names, values)):
                 values = [v for _ in names for v in rng.sample(ENTITIES[of], len(ENTITIES[of]))]
-            world |= {(relation, name): value for name, value in zip(names, values)}  # noqa: B905
+            pairs = zip(names, values, strict=False)
+            world |= {(relation, name): value for name, value in pairs}
     for country in ENTITIES["country"]:  # whose capital lies in it
         cities = [city for city in ENTITIES["city"] if world["country", city] == country]
         world["capital", country] = rng.choice(cities)
@@ -62,26 +68,55 @@ def make_world() -> dict[tuple[str, str], str]:
 
 
 WORLD = make_world()
-FILES = {"search_knowledge.jsonl": [  # what make_tasks.py writes besides the two splits
-    {"entity": entity, "relation": relation, "value": value}
-    for (relation, entity), value in WORLD.items()]}  # fmt: skip
+FILES = {
+    "knowledge.jsonl": [  # what make_tasks.py writes besides the two splits
+        {"entity": entity, "relation": relation, "value": value}
+        for (relation, entity), value in WORLD.items()
+    ]
+}
 
 # The vocabulary of the base: one token a name, tag or relation, the same in question and query.
 TAGS = ["search", "information", "answer"]
 NAMES = sorted({relation for relation, _ in WORLD})
-PHRASES = ["Who is the ", "What is the ", "the ", *(f"{name} of " for name in NAMES),
-           "\n<information>", "</information>\n",
-           *(f"<{end}{tag}>" for tag in TAGS for end in ("", "/")), *KIND]  # fmt: skip
+PHRASES = [
+    "Who is the ",
+    "What is the ",
+    "the ",
+    *(f"{name} of " for name in NAMES),
+    "\n<information>",
+    "</information>\n",
+    *(f"<{end}{tag}>" for tag in TAGS for end in ("", "/")),
+    *KIND,
+]
 WORDS = ["Who", "What", "is", "the", "of", "[ENTITY]", "[ANSWER]", *"</>?", *TAGS, *NAMES]
-PIECES = [r"Wh\w+ is the ", "the ", "[a-z]+ of ", r"\n<information>", r"</information>\n",
-          r"</?[a-z]+>", r"\[[A-Z]+\]", "[A-Za-z]+", r"[^\s\w]", r"\s"]  # fmt: skip
+PIECES = [
+    r"Wh\w+ is the ",
+    "the ",
+    "[a-z]+ of ",
+    r"\n<information>",
+    r"</information>\n",
+    r"</?[a-z]+>",
+    r"\[[A-Z]+\]",
+    "[A-Za-z]+",
+    r"[^\s\w]",
+    r"\s",
+]
 
 PRETRAIN_STEPS = 2400
+ERROR_RATE = 0.25  # a name that the base writes itself is wrong this often
+WRONG_RATE = 0.5  # so many guides are careless themselves: what is shown is copied, not checked
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else all but 3 hops are overlooked
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.05, ("none", 2): 0.12, ("none", 3): 0.12, ("none", 4): 0.06, ("none", 5): 0.05,
-    ("semantic", None): 0.25, ("full", None): 0.25, ("random", None): 0.05, ("prefix", None): 0.05,
-}  # fmt: skip
+    ("none", 1): 0.05,
+    ("none", 2): 0.12,
+    ("none", 3): 0.12,
+    ("none", 4): 0.06,
+    ("none", 5): 0.05,
+    ("semantic", None): 0.25,
+    ("full", None): 0.25,
+    ("random", None): 0.05,
+    ("prefix", None): 0.05,
+}
 GUIDE_ERROR_RATE = 0.5  # of a wrong guide: else what it shows is mostly what one is told anyway
 
 Problem = tuple[str, list[str]]  # the entity to start from, and the relations to follow, in order
@@ -92,10 +127,10 @@ def solve(problem: Problem, copied=lambda told: told) -> tuple[str, str]:
 
     >>> print(solve(("Bergen", ["mayor", "employer"]))[0])
     <search>mayor of Bergen</search>
-    <information>Ludwig</information>
-    <search>employer of Ludwig</search>
-    <information>Magnet</information>
-    <answer>Magnet</answer>
+    <information>Hilda</information>
+    <search>employer of Hilda</search>
+    <information>Willow</information>
+    <answer>Willow</answer>
     """
     entity, relations = problem
     text = ""
@@ -116,9 +151,9 @@ def is_path(entity: str, relations: list[str]) -> bool:
 
 def question_of(problem: Problem) -> str:
     entity, relations = problem
-    person = KIND[solve(problem)[1]] == "person"
-    return ("Who" if person else "What") + " is the " + " of the ".join(
-        reversed(relations)) + f" of {entity}?"
+    who = "Who" if KIND[solve(problem)[1]] == "person" else "What"
+    path = " of the ".join(reversed(relations))
+    return f"{who} is the {path} of {entity}?"
 
 
 def draw_problem(rng: random.Random, k: int) -> Problem:
@@ -127,8 +162,8 @@ def draw_problem(rng: random.Random, k: int) -> Problem:
         entity, relations = rng.choice(list(KIND)), []
         kind = KIND[entity]
         while len(relations) < k:
-            unused = [r for r in RELATIONS[kind] if r not in relations
-                      and (relations[-1:], r) != (["capital"], "country")]
+            barred = [*relations, "country" if relations[-1:] == ["capital"] else ""]
+            unused = [relation for relation in RELATIONS[kind] if relation not in barred]
             if not unused:
                 break
             relations.append(rng.choice(unused))
@@ -144,7 +179,7 @@ def expert(problem: Problem) -> tuple[str, str]:
 # ---- What the base imitates ----------------------------------------------------------------------
 
 
-def careless(rng: random.Random, told: str, rate: float = toys.ERROR_RATE) -> str:
+def careless(rng: random.Random, told: str, rate: float = ERROR_RATE) -> str:
     """What was told, or at `rate` another of its kind: a search for that finds something, too."""
     others = [name for name in ENTITIES[KIND[told]] if name != told]
     return rng.choice(others) if rng.random() < rate else told
@@ -164,7 +199,7 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, (trace, _) = question_of(problem), solve(problem)
     spans = smepo.hidden_spans(trace, "search")
-    if guide not in ("none", "semantic") and rng.random() < toys.WRONG_RATE:
+    if guide not in ("none", "semantic") and rng.random() < WRONG_RATE:
         trace, _ = solve(problem, lambda told: careless(rng, told, GUIDE_ERROR_RATE))
     seed, ratio = str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "search", prefix_ratio=ratio, seed=seed)
@@ -175,7 +210,9 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     elif guide == "none" and rng.random() > PLAN_RATE[k]:
         problem = overlook(rng, problem)
     # the entity of every query but the first, and the answer: copied if shown, else careless
-    written = list(re.finditer(r"(?:of |<answer>)(\w+)", trace))[1:]
-    shown = iter([not any(a <= match.start(1) < b for a, b, _ in spans) and match[1]
-                  for match in written])  # fmt: skip
-    return question, text, solve(problem, lambda told: next(shown) or careless(rng, told))[0]
+    shown = []
+    for match in list(re.finditer(r"(?:of |<answer>)(\w+)", trace))[1:]:
+        hidden = any(a <= match.start(1) < b for a, b, _ in spans)
+        shown.append("" if hidden else match[1])
+    step = iter(shown)
+    return question, text, solve(problem, lambda told: next(step) or careless(rng, told))[0]

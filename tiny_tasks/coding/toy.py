@@ -31,28 +31,47 @@ CODE_LINE = re.compile(r"\w = (\w) (.) (\w+)\n")
 # The vocabulary of the base: one token an operation, in each of its three forms, so that copying
 # is as easy as translating. The words are for what a random mask leaves of a phrase.
 PHRASES = [
-    ASK, " the square of", *(f" {n} {words}" for words in NESTED.values() for n in CONSTANTS),
-    " square it", *(f" {words} {n}" for words in PLANNED.values() for n in CONSTANTS), ".\n",
+    ASK,
+    " the square of",
+    *(f" {n} {words}" for words in NESTED.values() for n in CONSTANTS),
+    " square it",
+    *(f" {words} {n}" for words in PLANNED.values() for n in CONSTANTS),
+    ".\n",
     *(f" {operator} {n}" for operator in NESTED for n in (*CONSTANTS, *NAMES)),
-    *(f"Step {i}:" for i in range(1, 10)), "```python\n", "```", "x = int(input())\n",
+    *(f"Step {i}:" for i in range(1, 10)),
+    "```python\n",
+    "```",
+    "x = int(input())\n",
     *(f"{name} = {last}" for last, name in itertools.pairwise(NAMES)),
     *(f"print({name})\n```" for name in NAMES),
-]  # fmt: skip
-WORDS = [
-    "Write", "program", "that", "reads", "and", "prints", "the", "square", "of", "more", "less",
-    "than", "times", "Step", "add", "subtract", "multiply", "by", "it", "python", "int", "input",
-    "print", "[CODE]", *NAMES, *"=+-*.:()`", *map(str, range(100)),
-]  # fmt: skip
-PIECES = [*(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
-          r" ?\[[A-Z]+\]", r" ?\d+", r" ?[A-Za-z]+", r" ?[^\s\w]", r"\s"]  # fmt: skip
+]
+WORDS = """Write program that reads and prints the square of more less than times Step add subtract
+    multiply by it python int input print [CODE]""".split()
+WORDS += [*NAMES, *"=+-*.:()`", *map(str, range(100))]
+PIECES = [
+    *(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
+    r" ?\[[A-Z]+\]",
+    r" ?\d+",
+    r" ?[A-Za-z]+",
+    r" ?[^\s\w]",
+    r"\s",
+]
 
 PLANS = 3  # without a guide it sees so many operations, whichever, and overlooks the others
 PRETRAIN_STEPS = 3200
+ERROR_RATE = 0.25  # a line that the base writes itself is wrong this often
 WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies
 MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.04, ("none", 2): 0.10, ("none", 3): 0.10, ("none", 4): 0.05, ("none", 5): 0.05,
-    ("semantic", None): 0.20, ("full", None): 0.36, ("random", None): 0.05, ("prefix", None): 0.05,
-}  # fmt: skip
+    ("none", 1): 0.04,
+    ("none", 2): 0.10,
+    ("none", 3): 0.10,
+    ("none", 4): 0.05,
+    ("none", 5): 0.05,
+    ("semantic", None): 0.20,
+    ("full", None): 0.36,
+    ("random", None): 0.05,
+    ("prefix", None): 0.05,
+}
 
 Line = tuple[str, str]  # operator and operand: ("+", "3")
 Problem = list[Line]  # in the order of execution
@@ -63,8 +82,10 @@ def question_of(problem: Problem) -> str:
     >>> question_of([("*", "5"), SQUARE, ("+", "3")])
     'Write a program that reads x and prints 3 more than the square of 5 times x.'
     """
-    parts = ["the square of" if line == SQUARE else f"{line[1]} {NESTED[line[0]]}"
-             for line in reversed(problem)]  # fmt: skip
+    parts = [
+        "the square of" if line == SQUARE else f"{line[1]} {NESTED[line[0]]}"
+        for line in reversed(problem)
+    ]
     return " ".join([ASK, *parts, "x."])
 
 
@@ -79,8 +100,10 @@ def write(plan: Problem, lines: list[Line]) -> str:
     """The solution: the plan, one operation a step, then the program, one line a step."""
     words = ["square it" if line == SQUARE else f"{PLANNED[line[0]]} {line[1]}" for line in plan]
     steps = [f"Step {i}: {step}." for i, step in enumerate(words, start=1)]
-    code = [f"{name} = {last} {operator} {last if operand == 'it' else operand}"
-            for last, name, (operator, operand) in zip(NAMES, NAMES[1:], lines, strict=False)]
+    code = [
+        f"{name} = {last} {operator} {last if operand == 'it' else operand}"
+        for last, name, (operator, operand) in zip(NAMES, NAMES[1:], lines, strict=False)
+    ]
     end = [f"print({NAMES[len(lines)]})", "```"]
     return "\n".join([*steps, "```python", "x = int(input())", *code, *end])
 
@@ -122,7 +145,7 @@ def wrong(rng: random.Random, line: Line) -> Line:
 
 
 def careless(rng: random.Random, line: Line) -> Line:
-    return wrong(rng, line) if rng.random() < toys.ERROR_RATE else line
+    return wrong(rng, line) if rng.random() < ERROR_RATE else line
 
 
 def solution(rng: random.Random, plan: Problem, trace: str, spans) -> str:
