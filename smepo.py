@@ -118,6 +118,10 @@ class Config:
         self.require(re.fullmatch(when, self.guide_when), "guide_when", rule)
         plain_name = re.fullmatch(r"[\w.-]*\w", self.name or "default")
         self.require(plain_name, "name", "a plain folder name")
+        for pair in self.columns:
+            part, equals, _ = pair.partition("=")
+            known = part in COLUMNS and equals
+            self.require(known, "columns", "question=NAME, trace=NAME or answer=NAME")
         divides = self.prompts_per_step % self.mini_batches == 0
         self.require(divides, "mini_batches", "a divisor of --prompts_per_step")
         self.fill_in()
@@ -685,7 +689,7 @@ COLUMNS = {  # as data sets call them: the first that is there and is not taken 
 }
 
 
-def choose_columns(names: list[str], path: str, config: Config) -> dict[str, str]:
+def choose_columns(names, path: str, config: Config) -> dict[str, str]:
     """{"question": its column, "trace": ..., "answer": ...}, and says so."""
     columns = dict(pair.split("=", 1) for pair in config.columns)
     for part, usual in COLUMNS.items():
@@ -695,11 +699,12 @@ def choose_columns(names: list[str], path: str, config: Config) -> dict[str, str
     return columns
 
 
-def read_rows(path: str, split: str):
+def read_rows(path: str, split: str) -> list[dict]:
     """A file, a folder or hub/id:configuration; what is nested is called a.b then."""
     import datasets  # here, as this takes a second
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said below
     kind = "parquet" if path.endswith("parquet") else "json"
     try:
         if path.endswith(("parquet", "json", "jsonl")):
@@ -708,17 +713,17 @@ def read_rows(path: str, split: str):
             name = [path] if Path(path).exists() else path.split(":")
             splits = datasets.load_dataset(*name)
         rows = splits[split] if split in splits else next(iter(splits.values()))
-        return rows.flatten(max_depth=2)
+        return rows.flatten(max_depth=2).to_list()
     except Exception as error:  # whatever a broken file makes the readers raise
-        reason = repr(error.__cause__ or error)
+        reason = str(error.__cause__ or error) or "it is empty"
         raise UserError(f"{path} has no rows to read: {reason}") from error
 
 
 def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
     rows = read_rows(path, "train" if path == config.data else "test")
-    columns = choose_columns(rows.column_names, path, config)
+    columns = choose_columns(rows[0], path, config)
     needed = ["question", "answer"]
-    if guide != "none" or config.expert_coef:
+    if guide != "none" or (config.expert_coef and path == config.data):
         needed.append("trace")
     problems = []
     for number, row in enumerate(rows, start=1):
@@ -739,12 +744,13 @@ def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
 
 
 def as_text(value) -> str:
-    """Of a column: chat messages, or a number or unit tests, as JSON."""
-    if value is None or isinstance(value, str):
-        return value or ""
+    """Chat messages become one text; a number, or unit tests, JSON."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
-        return "\n\n".join(message["content"] for message in value)
-    return json.dumps(value, ensure_ascii=False)
+        turns = [turn.get("content", "") for turn in value if isinstance(turn, dict)]
+        return "\n\n".join(turns)
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def load_model(path: str | Path, config: Config):

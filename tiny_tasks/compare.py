@@ -161,10 +161,9 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
-def run_all(runs: list[Run], out: Path, workers: int) -> list[Run]:
-    """Run what has no result yet, `workers` at a time; the results of all, in their order."""
-    results = [out / run.folder() / "result.json" for run in runs]
-    todo = [run for run, result in zip(runs, results, strict=True) if not result.exists()]
+def run_all(runs: list[Run], out: Path, workers: int) -> None:
+    """Run what has no result yet, `workers` at a time."""
+    todo = [run for run in runs if not result_of(run, out).exists()]
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
     with ProcessPoolExecutor(workers, context, start_worker, (out,)) as pool:
         futures = [pool.submit(run_one, run) for run in todo]
@@ -175,9 +174,28 @@ def run_all(runs: list[Run], out: Path, workers: int) -> list[Run]:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    texts = [result.read_text(encoding="utf-8") for result in results]
-    save("".join(text + "\n" for text in texts), out / "runs.jsonl")
-    return [Run(**json.loads(text)) for text in texts]
+
+
+def result_of(run: Run, out: Path) -> Path:
+    return out / run.folder() / "result.json"
+
+
+def read_result(path: Path) -> Run:
+    return Run(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def all_like(run: Run, out: Path) -> list[Run]:
+    """Whatever arms and seeds the folder holds, trained like this one and at their best rates."""
+    found = []
+    for path in out.glob("runs/*/result.json"):
+        other = read_result(path)
+        same = replace(other, arm=run.arm, seed=run.seed, learning_rate=run.learning_rate)
+        if same.folder() == run.folder() and other.learning_rate == best_rate(
+            other.task, other.arm
+        ):
+            found.append(other)
+    order = list(ARMS)
+    return sorted(found, key=lambda other: (order.index(other.arm), other.seed))
 
 
 def save(text: str, path: Path) -> str:
@@ -231,6 +249,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
+def best_rate(task: str, arm: str) -> float:
+    return RATES[task].get(arm, smepo.Config.learning_rate)
+
+
 def plan(given: argparse.Namespace) -> list[Run]:
     """All runs, seed by seed, so that a comparison that is stopped early is even."""
     for arm in given.arms:
@@ -242,8 +264,7 @@ def plan(given: argparse.Namespace) -> list[Run]:
             raise smepo.UserError("--sweep measures against GRPO: add none to --arms")
         kinds += toys.find(given.task).TEST
     for k, seed, arm in product(kinds, given.seeds, given.arms):
-        rates = given.rates or [RATES[given.task].get(arm, smepo.Config.learning_rate)]
-        for rate in rates:
+        for rate in given.rates or [best_rate(given.task, arm)]:
             run = Run(
                 task=given.task,
                 arm=arm,
@@ -264,7 +285,13 @@ def main(arguments: list[str]) -> None:
     for k in {run.k for run in runs if run.k}:
         rows = toys.draw_rows(toys.find(given.task), k, {k: 2000}, held_out=False)
         save(toys.to_jsonl(rows).decode(), out / training_file(given.task, k))
-    runs = run_all(runs, out, given.jobs)
+    run_all(runs, out, given.jobs)
+    if given.rates or given.sweep:
+        runs = [read_result(result_of(run, out)) for run in runs]
+    else:
+        runs = all_like(runs[0], out)
+    records = [json.dumps(asdict(run)) + "\n" for run in runs]
+    save("".join(records), out / "runs.jsonl")
     if given.rates:
         print(save(tables.rates(runs), out / "rates.md"))
     elif given.sweep:

@@ -198,7 +198,7 @@ def run(command: list, folder: Path) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     environment = os.environ | offline | {"PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=600)
     errors = done.stderr.decode().replace("\r", "\n").strip().splitlines()
     assert done.returncode == 0, done.stderr.decode()
     assert all(re.fullmatch(r" *\d+%\|.*\| *\d+/\d+ .*", line) for line in errors if line), errors

@@ -34,7 +34,7 @@ def draw_run(folder: Path) -> None:
     means, errors = zip(*(record["pass@1"]["mean"] for record in points), strict=True)
     at = [record["step"] for record in points]
     axes.errorbar(at, means, errors, marker="o", label="unguided accuracy")
-    axes.set(xlabel="step", ylim=(0, 1), title=folder.name)
+    frame(axes, folder.name, "step")
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=150)
 
@@ -42,53 +42,70 @@ def draw_run(folder: Path) -> None:
 # ---- Many runs, as compare hands them over: an arm's runs differ in the seed alone ---------------
 
 
-def column(runs: list, name: str) -> np.ndarray:
-    """Step or seconds at the points of the accuracy curve, the mean over seeds."""
-    return np.mean([[point[name] for point in run.points] for run in runs], axis=0)
+def seconds(runs: list) -> np.ndarray:
+    """Training seconds at the points of the accuracy curve, the mean over seeds."""
+    rows = []
+    for run in runs:
+        rows.append([point["seconds"] for point in run.points])
+    return np.mean(rows, axis=0)
 
 
 def accuracy(runs: list, level: str) -> np.ndarray:
-    return np.array([[point["accuracy"][level] for point in run.points] for run in runs])
+    rows = []
+    for run in runs:
+        rows.append([point["accuracy"][level] for point in run.points])
+    return np.array(rows)
 
 
-def smooth(curves: list[list[float]], width: int) -> np.ndarray:
-    """Each value becomes the mean of the last `width`."""
-    sums = np.cumsum(np.pad(curves, ((0, 0), (width, 0))), axis=1)
-    counts = np.minimum(np.arange(1, len(curves[0]) + 1), width)
-    return (sums[:, width:] - sums[:, :-width]) / counts
+def smooth(runs: list, name: str, width: int) -> np.ndarray:
+    """Each value of a curve becomes the mean of the last `width`."""
+    rows = []
+    for run in runs:
+        curve = run.curve[name]
+        starts = [max(0, end - width) for end in range(1, len(curve) + 1)]
+        rows.append([np.mean(curve[a : i + 1]) for i, a in enumerate(starts)])
+    return np.array(rows)
+
+
+def frame(axes, title: str, xlabel: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
 
 
 def draw_learning(runs: list, path: Path) -> None:
     """Unguided accuracy of four arms against training seconds: each seed thin, their mean thick."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    arms, level = by_arm(runs), runs[0].level()
-    titles = {level: f"on what it trains on, k = {level}", "mean": "mean of all difficulties"}
-    for axes, (level, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for arm in FOUR:
-            if arm in arms:
-                thin_and_thick(axes, arm, arms[arm], level)
-        axes.set(title=title, xlabel="training seconds", ylabel="unguided accuracy", ylim=(0, 1))
-        axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    left, right = figure.subplots(1, 2)
+    level = runs[0].level()
+    for arm, group in by_arm(runs).items():
+        if arm in FOUR:
+            thin_and_thick(left, arm, group, level)
+            thin_and_thick(right, arm, group, "mean")
+    frame(left, f"on what it trains on, k = {level}", "training seconds")
+    frame(right, "mean of all difficulties", "training seconds")
+    left.set_ylabel("unguided accuracy")
+    left.legend(loc="upper left")
     figure.savefig(path, dpi=150)
 
 
 def thin_and_thick(axes, arm: str, runs: list, level: str) -> None:
     label, colour, dashes = STYLES[arm]
     for run in runs:
-        seconds = column([run], "seconds")
-        axes.plot(seconds, accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
-    seconds, mean = column(runs, "seconds"), accuracy(runs, level).mean(0)
-    axes.plot(seconds, mean, colour, linestyle=dashes, linewidth=2.4, label=label)
+        axes.plot(seconds([run]), accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
+    mean = accuracy(runs, level).mean(0)
+    axes.plot(seconds(runs), mean, colour, linestyle=dashes, linewidth=2.4, label=label)
 
 
 def band(axes, arm: str, x, rows: np.ndarray, dashes: str | None = None) -> None:
     """The mean over seeds, and a band of one standard error."""
     label, colour, style = STYLES[arm]
-    mean, error = rows.mean(0), np.zeros(len(rows[0]))
+    mean = rows.mean(0)
+    error = np.zeros(len(mean))
     if len(rows) > 1:
         error = rows.std(0, ddof=1) / len(rows) ** 0.5
-    axes.plot(x, mean, color=colour, linestyle=dashes or style, label=label, linewidth=1.6)
+    axes.plot(x, mean, colour, linestyle=dashes or style, label=label, linewidth=1.6)
     axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15)
 
 
@@ -98,14 +115,13 @@ def draw_compare(runs: list, path: Path) -> None:
     reward, unguided, wasted = figure.subplots(1, 3)
     for arm, group in by_arm(runs).items():
         steps = range(1, group[0].steps + 1)
-        band(reward, arm, steps, smooth([run.curve["reward"] for run in group], 5))
-        band(unguided, arm, column(group, "seconds"), accuracy(group, "mean"))
-        for kind, dashes in (("wrong", "-"), ("right", ":")):
-            curves = [run.curve[f"zero_variance_{kind}"] for run in group]
-            band(wasted, arm, steps, smooth(curves, 10), dashes)
-    reward.set(title="training reward, as guided", xlabel="step", ylim=(0, 1))
-    unguided.set(title="held-out accuracy, unguided", xlabel="training seconds", ylim=(0, 1))
-    wasted.set(title="groups all wrong (—), all right (···)", xlabel="step", ylim=(0, 1))
+        band(reward, arm, steps, smooth(group, "reward", 5))
+        band(unguided, arm, seconds(group), accuracy(group, "mean"))
+        band(wasted, arm, steps, smooth(group, "zero_variance_wrong", 10), "-")
+        band(wasted, arm, steps, smooth(group, "zero_variance_right", 10), ":")
+    frame(reward, "training reward, as guided", "step")
+    frame(unguided, "held-out accuracy, unguided", "training seconds")
+    frame(wasted, "groups all wrong (—), all right (···)", "step")
     unguided.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -114,11 +130,10 @@ def draw_sweep(kinds: dict[str, list], path: Path) -> None:
     """A panel for each kind of training problems: where the curves cross, GRPO has caught up."""
     figure = Figure(figsize=(3 * len(kinds), 3.4), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, (title, group) in zip(panels, kinds.items(), strict=True):
-        for arm, runs in by_arm(group).items():
-            band(axes, arm, column(runs, "seconds"), accuracy(runs, "mean"))
-        axes.set(title=title, xlabel="training seconds")
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="unguided accuracy, mean")
+    for axes, kind in zip(panels, kinds, strict=True):
+        for arm, group in by_arm(kinds[kind]).items():
+            band(axes, arm, seconds(group), accuracy(group, "mean"))
+        frame(axes, kind, "training seconds")
+    panels[0].set_ylabel("unguided accuracy, mean")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -29,18 +29,21 @@ def accuracy(runs: list, level: str, name: str = "pass@1") -> str:
 
 def final_table(arms: dict[str, list]) -> str:
     """What every arm ends with, and how much it leans on the trace."""
-    start = [run.points[0]["accuracy"] for run in next(iter(arms.values()))]
-    levels = list(start[0])  # "2", ..., "5", "mean"
-    base = [mean_error([point[level] for point in start]) for level in levels]
-    rows = [["the base", "", *base, "", "", "", ""]]
+    runs = next(iter(arms.values()))
+    levels = list(runs[0].points[0]["accuracy"])  # "2", ..., "5", "mean"
+    base = ["the base", ""]
+    for level in levels:
+        base.append(mean_error([run.points[0]["accuracy"][level] for run in runs]))
+    rows = [base + [""] * 4]
     for arm, runs in arms.items():
-        reward = mean_error([mean(run.curve["reward"][-5:]) for run in runs])
-        ends = [accuracy(runs, level) for level in levels]
-        best = accuracy(runs, "mean", "pass@8")
-        leaks = mean_error([mean(run.curve["leak_rate"]) for run in runs])
-        copies = mean_error([run.copy_rate for run in runs])
-        reliance = mean_error([run.hint_reliance for run in runs], 2)
-        rows.append([arm, reward, *ends, best, leaks, copies, reliance])
+        row = [arm]
+        row.append(mean_error([mean(run.curve["reward"][-5:]) for run in runs]))
+        row += [accuracy(runs, level) for level in levels]
+        row.append(accuracy(runs, "mean", "pass@8"))
+        row.append(mean_error([mean(run.curve["leak_rate"]) for run in runs]))
+        row.append(mean_error([run.copy_rate for run in runs]))
+        row.append(mean_error([run.hint_reliance for run in runs], 2))
+        rows.append(row)
     header = ["arm", "training reward, last 5 steps"]
     header += [f"unguided, k = {level}" for level in levels[:-1]]
     header += ["mean", "pass@8, mean", "leak rate", "copy rate", "hint reliance, nats"]
@@ -49,13 +52,15 @@ def final_table(arms: dict[str, list]) -> str:
 
 def reaches(run, level: str, target: float) -> dict | None:
     """The first point of the curve at the target; who starts there is there at the next one."""
-    hits = (point for point in run.points[1:] if point["accuracy"][level] >= target)
-    return next(hits, None)
+    for point in run.points[1:]:
+        if point["accuracy"][level] >= target:
+            return point
+    return None
 
 
 def speed(runs: list, grpo: list, level: str) -> list[str]:
     """Steps and seconds until a run is as good as GRPO with its seed is in the end, and how many
-    times as fast as GRPO itself that is: 0 if it never is so good."""
+    times as fast as GRPO itself that is: 0 if it never is, or is no more at its own end."""
     rivals = {run.seed: run for run in grpo}
     steps, seconds, factors = [], [], []
     for run in runs:
@@ -63,9 +68,14 @@ def speed(runs: list, grpo: list, level: str) -> list[str]:
         target = rival.final["pass@1"][level]
         own = reaches(rival, level, target) or rival.points[-1]
         hit = own if run is rival else reaches(run, level, target)
-        steps.append(str(hit["step"]) if hit else "–")
-        seconds.append(f"{hit['seconds']:.0f}" if hit else "–")
-        factors.append(own["seconds"] / hit["seconds"] if hit else 0.0)
+        if hit and run.final["pass@1"][level] >= target:
+            steps.append(str(hit["step"]))
+            seconds.append(f"{hit['seconds']:.0f}")
+            factors.append(own["seconds"] / hit["seconds"])
+        else:
+            steps.append("–")
+            seconds.append("–")
+            factors.append(0.0)
     ahead = sum(factor > 1 for factor in factors)
     cells = [", ".join(steps), ", ".join(seconds)]
     return [*cells, f"{median(factors):.2f}", f"{ahead} of {len(factors)}"]
@@ -91,12 +101,15 @@ def sweep(kinds: dict[str, list]) -> str:
     """How much faster than GRPO, by how often the base solves the training problems."""
     rows = []
     for kind, group in kinds.items():
-        arms, level = by_arm(group), group[0].level()
+        level = group[0].level()
         success = mean(run.points[0]["accuracy"][level] for run in group)
+        arms = by_arm(group)
         for arm, runs in arms.items():
-            ends = [accuracy(runs, level), accuracy(runs, "mean")]
-            factors = speed(runs, arms["none"], "mean")[2:]
-            rows.append([kind, f"{success:.3f}", arm, *ends, *factors])
+            row = [kind, f"{success:.3f}", arm]
+            row.append(accuracy(runs, level))
+            row.append(accuracy(runs, "mean"))
+            row += speed(runs, arms["none"], "mean")[2:]
+            rows.append(row)
     header = ["trained on", "of its hardest the base solves", "arm", "unguided, on these", "mean"]
     header += ["times as fast as GRPO to its mean, median", "ahead of GRPO"]
     return table(header, rows)
@@ -104,9 +117,11 @@ def sweep(kinds: dict[str, list]) -> str:
 
 def rates(runs: list) -> str:
     """Unguided accuracy of each arm at each learning rate."""
-    rows, level = [], runs[0].level()
+    rows = []
+    level = runs[0].level()
     for arm, group in by_arm(runs).items():
         for rate in sorted({run.learning_rate for run in group}):
             tried = [run for run in group if run.learning_rate == rate]
-            rows.append([arm, f"{rate:g}", accuracy(tried, level), accuracy(tried, "mean")])
+            ends = [accuracy(tried, level), accuracy(tried, "mean")]
+            rows.append([arm, f"{rate:g}", *ends])
     return table(["arm", "learning rate", f"unguided, k = {level}", "mean"], rows)

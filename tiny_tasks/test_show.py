@@ -84,8 +84,11 @@ def test_a_row_for_each_rollout_with_the_advantage_of_group_advantages(steps, ta
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
 @pytest.mark.parametrize("task", smepo.TOYS)
 def test_the_shares_sum_to_the_loss_of_the_rollout(steps, task, aggregation):
-    step = replace(steps[task], config=replace(steps[task].config, aggregation=aggregation))
-    i = chosen(step)
+    i = chosen(steps[task])
+    group = [replace(r, sampled=r.sampled[:9]) for r in steps[task].rollouts]  # of other lengths
+    group[i] = steps[task].rollouts[i]
+    config = replace(steps[task].config, aggregation=aggregation)
+    step = replace(steps[task], config=config, rollouts=group)
     r, sampled = step.rollouts[i], torch.tensor([step.rollouts[i].sampled])
     table = [row for row in table_of(step, "token by token") if row[2] != "told"]
     before, after = torch.tensor([step.before[i]]), torch.tensor([step.after[i]])
@@ -166,15 +169,14 @@ def test_colours_are_for_a_terminal_alone(steps, monkeypatch, capsys):
     assert "\033[1;31m" in out
 
 
-@pytest.mark.parametrize(("task", "rewarded"), [("code", "print(e)"), ("search", "</answer>")])
-def test_what_the_verifier_reads_is_marked(steps, task, rewarded):
+@pytest.mark.parametrize("task", ["code", "search"])
+def test_what_the_verifier_reads_is_marked(steps, task):
     for r in steps[task].rollouts:
-        marked = show.mark_rewarded(r, task)
         sign = show.RIGHT if r.reward else show.WRONG
-        place = f"{sign}print(e){show.END}"
+        place = f"{sign}int(input()){show.END}"
         if task == "search":
             place = f"<answer>{sign}{smepo.stated(r.text)}{show.END}</answer>"
-        assert place in marked
+        assert place in show.mark_rewarded(r, task)
 
 
 def test_a_rollout_that_was_cut_off_has_stated_nothing(steps):
