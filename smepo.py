@@ -715,12 +715,14 @@ def read_rows(path: str, split: str) -> list[dict]:
         rows = splits[split] if split in splits else next(iter(splits.values()))
         return rows.flatten(max_depth=2).to_list()
     except Exception as error:  # whatever a broken file makes the readers raise
-        reason = str(error.__cause__ or error) or "it is empty"
+        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         raise UserError(f"{path} has no rows to read: {reason}") from error
 
 
 def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
     rows = read_rows(path, "train" if path == config.data else "test")
+    if not rows:
+        raise UserError(f"{path} has no rows to read: it is empty")
     columns = choose_columns(rows[0], path, config)
     needed = ["question", "answer"]
     if guide != "none" or (config.expert_coef and path == config.data):

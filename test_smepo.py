@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -991,4 +992,299 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
     assert_same_run(folder / "runs/parts", folder / "runs/whole")
 
 
-# ---- The domain math -----------------------------------------------------------------------------
+# ---- Math: the verifier --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "completion, truth, expected",
+    [
+        ("The answer is 16.", "16", 1.0),
+        ("The answer is 16.", "6", 0.0),
+        ("The answer is 61.", "16", 0.0),
+        ("The answer is 1,234.", "1234", 1.0),
+        ("The answer is 42.0", "42", 1.0),
+        (r"so \boxed{-3}", "\u22123", 1.0),
+        ("#### 74", "74", 1.0),
+        ("<answer> 74 </answer>", "74", 1.0),
+        ("The answer is 16. No, wait: the answer is 17.", "16", 0.0),
+        ("The answer is 17. No, wait: the answer is 16.", "16", 1.0),
+        ("The answer is 3.5.\nSo the answer is 4.5", "4.5", 1.0),
+        ("The answer is 3.5.\nSo the answer is 4.5", "3.5", 0.0),
+        ("Step 1: 2 + 2 = 16.", "16", 0.0),  # a number in passing is no answer
+        ("The answer is", "16", 0.0),
+        ("The answer is [NUMBER].", "16", 0.0),
+        ("", "16", 0.0),
+        ("", "", 0.0),
+        (r"\boxed{\frac14}", "0.25", 1.0),
+        (r"\boxed{0.25}", r"\dfrac{1}{4}", 1.0),
+        (r"\boxed{\frac { 1 } { 2 }}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{\frac{1}{23}}", r"\frac{12}{3}", 0.0),
+        (r"\boxed{1/0}", "0", 0.0),
+        ("The answer is .5.", "0.5", 1.0),
+        ("The answer is .5.", "5", 0.0),
+        (r"\boxed{2 \frac{1}{2}}", "5/2", 1.0),
+        (r"\boxed{-2 \frac{1}{2}}", "-5/2", 1.0),
+        (r"\boxed{2½}", "2.5", 1.0),
+        ("#### 50%", r"50\%", 1.0),
+        (r"\boxed{50\%}", "0.5", 0.0),
+        (r"\boxed{3 \times 10^{8}}", "300000000", 1.0),
+        ("The answer is 12,34.", "1234", 0.0),
+        ("The answer is 1.234.", "1234", 0.0),
+        ("The answer is forty-two.", "42", 1.0),
+        ("The answer is seven thousand two hundred.", "7200", 1.0),
+        ("The answer is two million four hundred thousand.", "2400000", 1.0),
+        ("The answer is twelve dozen.", "144", 1.0),
+        ("The answer is two three.", "5", 0.0),
+        ("The answer is one third.", "4", 0.0),
+        ("The answer is $42$.", "42", 1.0),
+        ("The answer is 3 4.", "7", 0.0),
+        ("The answer is 1e999999999.", "42", 0.0),
+        (f"The answer is {'9' * 5000}.", "42", 0.0),
+        ("The answer is 0.3333.", "1/3", 0.0),
+        ("The answer is x = 5.", "5", 1.0),
+        ("The answer is $5.", "5", 1.0),
+        ("The answer is 5 dollars.", "5", 1.0),
+        (r"\boxed{12 \text{ cm}^2}", "12", 1.0),
+        (r"\boxed{5\pi}", "5", 0.0),
+        (r"\boxed{3 million}", "3", 0.0),
+        (r"\boxed{5}. The answer is correct.", "5", 1.0),
+        (r"\boxed{5}. The answer is", "5", 1.0),
+        (r"The answer is \boxed{\text{(B)}}.", "B", 1.0),
+        ("The answer is b.", "(B)", 1.0),
+        ("The answer is (A) or (B).", "(B)", 0.0),
+        ("The answer is not B.", "B", 0.0),
+        (r"\boxed{x^{2} + 6x+11}", "x^2+6x+11", 1.0),
+        (r"\boxed{x^2-6x+11}", "x^2+6x+11", 0.0),
+        (r"\boxed{[2, 5)}", "[2,5)", 1.0),
+        (r"\boxed{(2, 5)}", "[2,5)", 0.0),
+        (r"\boxed{\left(1, 234\right)}", "1234", 0.0),
+        ("The answer is 1/2.", "2", 0.0),
+        (r"\boxed{\frac{a}{bc}}", r"\frac{ab}{c}", 0.0),
+        (r"\boxed{2π}", r"2\pi", 1.0),
+        (r"\boxed{16} and then \boxed{17}", "16", 0.0),
+        (r"\boxed{1} #### 16", "16", 1.0),
+        (r"The answer is 16. \boxed{17}", "16", 0.0),
+        (r"\boxed{16", "16", 0.0),
+        ("**Answer:** Thursday", "thursday", 1.0),
+        ("The answer is no.", "yes", 0.0),
+    ],
+)
+def test_reward(completion, truth, expected):
+    assert smepo.reward(completion, truth, "math") == expected
+
+
+# ---- Math: what is hidden ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", smepo.RULES, ids=[rule.example for rule in smepo.RULES])
+def test_every_rule_acts_on_its_example(rule):
+    others = [other.pattern for other in smepo.RULES if other is not rule]
+    flags = re.VERBOSE | re.MULTILINE
+    assert re.search(rule.pattern, rule.example, flags)
+    text = f"so\n{rule.example}"
+    masked = smepo.mask_trace(text, "math", "none")
+    assert (masked == text) == (rule.action in ("keep", "equal"))
+    if rule.action == "keep":  # nothing else would keep it
+        rest = re.compile("|".join(others) + "|[A-Za-z]+", flags)
+        assert rule.pattern == smepo.MASK or any(
+            re.search(r"\d", match[0]) for match in rest.finditer(text)
+        )
+
+
+@pytest.mark.parametrize(
+    "text, masked",
+    [
+        ("Step 1: 7 − 6 = 1.", "Step 1: [NUMBER] − [NUMBER] = [NUMBER]."),
+        ("STEP 2) By Theorem 4.2, 9 | n.", "STEP 2) By Theorem 4.2, [NUMBER] | n."),
+        ("Cases 1, 2 and 3 give 9", "Cases 1, 2 and 3 give [NUMBER]"),
+        ("case 3 gives 9", "case 3 gives [NUMBER]"),
+        ("the worst case 17 draws", "the worst case [NUMBER] draws"),
+        ("each step 18 cm", "each step [NUMBER] cm"),
+        ("the part 45/72", "the part [NUMBER]/[NUMBER]"),
+        ("1. Let x_1 be 4.", "1. Let x_1 be [NUMBER]."),
+        ("## 2.1 Counting 7", "## 2.1 Counting [NUMBER]"),
+        ("3.75 litres", "[NUMBER] litres"),
+        ("it is\n72.\nDone.", "it is\n[NUMBER].\nDone."),
+        ("a_{n+1} = a_n + 2, x₁ = 3", "a_{n+1} = a_n + [NUMBER], x₁ = [NUMBER]"),
+        (r"\log_2 8 \tag{2}", r"\log_[NUMBER] [NUMBER] \tag{2}"),
+        ("n(n-3)/2", "n(n-[NUMBER])/[NUMBER]"),
+        (r"\frac{n(n+1)}{2}", r"\frac{n(n+[NUMBER])}{[NUMBER]}"),
+        ("12,480 or 15{,}600 or −17", "[NUMBER] or [NUMBER] or [NUMBER]"),
+        ("½ of 2⁵ is -3.5%, the 21st", "[NUMBER] of [NUMBER] is [NUMBER], the [NUMBER]"),
+        ("<<18*7=126>>126", "<<[NUMBER]*[NUMBER]=[NUMBER]>>[NUMBER]"),
+        ("forty-two, two-thirds, sixty four", "[NUMBER], [NUMBER], [NUMBER]"),
+        ("one can check the two roots", "one can check the two roots"),
+        (
+            "the tens digit and zeros, 2 m per second",
+            "the tens digit and zeros, [NUMBER] m per second",
+        ),
+        (r"the angle is \pi. \boxed{\pi}", r"the angle is [ANSWER]. \boxed{[ANSWER]}"),
+        (r"so π = \boxed{\pi}", r"so [ANSWER] = \boxed{[ANSWER]}"),
+        (r"it is x^2 + 6x. \boxed{x^2+6x}", r"it is [ANSWER]. \boxed{[ANSWER]}"),
+        (r"is $\sqrt{3}$. #### \sqrt{3}", "is $[ANSWER]$. #### [ANSWER]"),
+        ("on Thursday. The answer is Thursday.", "on [ANSWER]. The answer is [ANSWER]."),
+        ("There is no such n. #### no", "There is no such n. #### [ANSWER]"),
+        (r"\boxed{[NUMBER]}", r"\boxed{[NUMBER]}"),
+        ("from (1) and (2), (3)", "from (1) and (2), ([NUMBER])"),
+        ("no numbers here", "no numbers here"),
+        ("", ""),
+        ("By Theorem 4.2, 9 divides n", "By Theorem 4.2, [NUMBER] divides n"),
+    ],
+)
+def test_mask(text, masked):
+    assert smepo.mask_trace(text, "math") == masked
+    assert smepo.mask_trace(masked, "math") == masked
+
+
+@pytest.mark.parametrize(
+    "answer, text", [("1", "one of them"), ("2", "the two roots"), ("6", "sixth")]
+)
+def test_small_words_are_hidden_if_they_are_the_answer(answer, text):
+    assert "[NUMBER]" in smepo.mask_trace(text, "math", answer)
+    assert smepo.mask_trace(text, "math", "7") == text
+
+
+def test_an_answer_is_not_looked_for_inside_a_mask():
+    assert smepo.mask_trace("[NUMBER] is a number", "math", "number") == "[NUMBER] is a [ANSWER]"
+
+
+CONCLUSIONS = (
+    r"""so the answer is (C).|故选：C.|答案是C。|So the answer is $\rm C$|ANS:C|Answer = C
+    |Option C is correct|\boxed{\text{(C)}}|The correct answer is (C)|choice C|we choose $\text{C}$.
+    |ANSWER:(Option C)|Answer:XC. 7|hence it is (\mathbf{C}) 12|### Answer: **C**|Correct option: C
+    |the answer is option C) 7|#### C|<answer> C </answer>|C is the answer|The answer: [C]|so it is
+    XC""".replace("\n    ", "")
+    .replace("X", "\n")
+    .split("|")
+)
+
+
+@pytest.mark.parametrize("text", CONCLUSIONS)
+def test_a_letter_is_hidden_where_it_concludes(text):
+    text = f"The point C lies on the circle around C.\n{text}"
+    masked = smepo.mask_trace(text, "math", "C")
+    assert masked.count("[ANSWER]") == 1
+    assert masked.startswith("The point C lies on the circle around C.\n")
+    assert smepo.leaks(text, "C", "math")
+    assert not smepo.leaks(masked, "C", "math")
+
+
+KEPT = r"""Step 3:|Case 2|Lemma 4.1|by Theorem 7|x_1|a_{n+1}|\alpha_2|Eq. (4)|from (1)|the two roots
+    |one can see|\tag{3}|Cases 1, 2 and 3|STEP II|Part (b)|the worst case""".replace("\n    ", "")
+HIDDEN = r"""17|-3|−3.5|12,480|15{,}600|10,\!000|½|2½|2⁵|forty-two|three dozen|twenty-first
+    |two-thirds|50%|50\%|21st""".replace("\n    ", "")
+
+
+def test_generated_math_hides_exactly_the_values():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = expected = "Here"
+        for _ in range(rng.randint(0, 8)):
+            link = rng.choice([" we get ", ", so then ", " equals ", "; hence\n", " (see below): "])
+            if rng.random() < 0.5:
+                text += link + rng.choice(HIDDEN.split("|"))
+                expected += link + "[NUMBER]"
+            else:
+                piece = rng.choice(KEPT.split("|"))
+                text += link + piece
+                expected += link + piece
+        assert smepo.mask_trace(text, "math", "none") == expected
+
+
+PIECES = (
+    *KEPT.split("|"),
+    *HIDDEN.split("|"),
+    *CONCLUSIONS,
+    *r"""Step 1 : (3) 2. - | { } $ \ \boxed{ \pi π x^2 #### <answer> yes </answer> Answer: no B
+    (B) so is the because 北京 é [NUMBER] [ANSWER] [ ] \\ \sqrt{3} \rm \text{ ^ _ 1742
+    \frac{3}{4} Thursday forty-two""".split(),
+    *("\n", "\n\n", "    ", "\r\n", "\t", "\x00", "\ud800"),
+)
+
+
+@pytest.mark.parametrize("answer", ["42", "3", r"\pi", "(B)", "C", "x^2", "yes", "[2,5)", "Monday"])
+def test_no_text_breaks_the_masker(answer):
+    rng = random.Random(answer)
+    for _ in range(400):
+        text = "".join(rng.choice(PIECES) + rng.choice(("", " ", "\n")) for _ in range(20))
+        masked = smepo.mask_trace(text, "math", answer)
+        assert smepo.mask_trace(masked, "math", answer) == masked
+        assert 0.0 <= smepo.reward(text, answer, "math") <= 1.0
+        smepo.leaks(text, answer, "math")
+        spans = smepo.hidden_spans(text, "math", answer)
+        assert all(0 <= a < b <= len(text) for a, b, _ in spans)
+        assert all(b < c for (_, b, _), (c, _, _) in itertools.pairwise(spans))
+
+
+HARD = (
+    r"""a |A |1 |1,|1,234|- |\boxed{|\boxed{a} |{|}|#### |x_|x_{1|> |<|one|<answer>|<answer>x |$
+    |one and |twenty-|Step 1 and |Cases 1, 2, |from (|(1) |\frac{1|1/|12:34 |10^|½|. |A. |so B |\
+    |the answer is |\text{|[|[NUMBER]|1. |\sqrt|(|X|X1.|1. X|-|X- |\tag{|\tag{1|{a}|1 1/| |so |is
+    |B is |\pi|/|*|é""".replace("\n    ", "")
+    .replace("X", "\n")
+    .split("|")
+)
+
+
+def test_math_takes_linear_time_whatever_the_text():
+    """Quadratic work on any of these takes hours, so the limit only ends such a hang."""
+    script = r"""if True:
+        import json, sys, smepo
+        for piece in json.load(sys.stdin):
+            for answer in "\\frac{\\pi}{2}", "B", "7":
+                text = (piece * 20_000)[:20_000]
+                smepo.leaks(smepo.mask_trace(text, "math", answer), answer, "math")
+                smepo.leaks(text, answer, "math")
+                smepo.reward(text, answer, "math")"""
+    command = [sys.executable, "-c", script]
+    settings = {"input": json.dumps(HARD), "text": True, "cwd": ROOT, "timeout": 300}
+    subprocess.run(command, check=True, **settings)
+
+
+# ---- Math: can the answer still be read off? -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, answer, leaky",
+    [
+        ("so x is 0.5", r"\frac12", True),
+        ("half of it", "1/2", True),
+        ("so it is forty-two", "42", True),
+        ("so it is 42.0", "42", True),
+        ("that is 1,234 or 1{,}234", "1234", True),
+        ("it is [NUMBER] - 17 floors", "-17", True),
+        ("the 6th platform", "6", True),
+        ("the sixth platform", "6", True),
+        ("one hundred and five", "105", True),
+        ("it is 3.50 in all", "3.5", True),
+        ("a cost of $5", "5 dollars", True),
+        (r"is \frac{3}{4}", "0.75", True),
+        (r"is 2\frac{1}{4}", "9/4", True),
+        ("[NUMBER]+3=7", "7", True),
+        (r"is 3 \times 10^{8}", "3e8", True),
+        ("an angle of π", r"\pi", True),
+        ("it is x ^ {2} + 1", "x^2+1", True),
+        (r"it is \sqrt{3}", r"\sqrt 3", True),
+        ("it is Thursday", "Thursday", True),
+        ("it is THURSDAY", r"\text{Thursday}", True),
+        ("the answer is B", "(B)", True),
+        ("Ans: 2/5 B", "B", True),
+        ("Therefore (B) 47", "B", True),
+        ("so the answer is no.", "no", True),
+        ('the answer to the question is "Yes."', "Yes", True),
+        ("<answer> No </answer>", "no", True),
+        ("Step 42: it is [NUMBER]", "42", False),
+        ("Case 2. By Theorem 4.2 and Lemma 2", "2", False),
+        ("1. Let x_1 be\n(2) the sum (3)", "2", False),
+        (r"x_42 and y_{42} \tag{42}", "42", False),
+        ("so it is 43 of 421", "42", False),
+        ("[NUMBER] [ANSWER]", "7", False),
+        ("the [ANSWER] to the number", "number", True),
+        ("see part (b) of B", "(B)", False),
+        ("there is no such n", "no", False),
+        ("an eastern wind", "east", False),
+        ("", "42", False),
+    ],
+)
+def test_leaks_sees_every_spelling_and_no_label(text, answer, leaky):
+    assert smepo.leaks(text, answer, "math") is leaky

@@ -42,12 +42,9 @@ def draw_run(folder: Path) -> None:
 # ---- Many runs, as compare hands them over: an arm's runs differ in the seed alone ---------------
 
 
-def seconds(runs: list) -> np.ndarray:
-    """Training seconds at the points of the accuracy curve, the mean over seeds."""
-    rows = []
-    for run in runs:
-        rows.append([point["seconds"] for point in run.points])
-    return np.mean(rows, axis=0)
+def points(runs: list) -> list[int]:
+    """The steps at which accuracy was measured. Seconds would move with whatever else runs."""
+    return [point["step"] for point in runs[0].points]
 
 
 def accuracy(runs: list, level: str) -> np.ndarray:
@@ -75,7 +72,7 @@ def frame(axes, title: str, xlabel: str) -> None:
 
 
 def draw_learning(runs: list, path: Path) -> None:
-    """Unguided accuracy of four arms against training seconds: each seed thin, their mean thick."""
+    """Unguided accuracy of four arms against steps: each seed thin, their mean thick."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     level = runs[0].level()
@@ -83,8 +80,8 @@ def draw_learning(runs: list, path: Path) -> None:
         if arm in FOUR:
             thin_and_thick(left, arm, group, level)
             thin_and_thick(right, arm, group, "mean")
-    frame(left, f"on what it trains on, k = {level}", "training seconds")
-    frame(right, "mean of all difficulties", "training seconds")
+    frame(left, f"on what it trains on, k = {level}", "step")
+    frame(right, "mean of all difficulties", "step")
     left.set_ylabel("unguided accuracy")
     left.legend(loc="upper left")
     figure.savefig(path, dpi=150)
@@ -93,9 +90,9 @@ def draw_learning(runs: list, path: Path) -> None:
 def thin_and_thick(axes, arm: str, runs: list, level: str) -> None:
     label, colour, dashes = STYLES[arm]
     for run in runs:
-        axes.plot(seconds([run]), accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
+        axes.plot(points([run]), accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
     mean = accuracy(runs, level).mean(0)
-    axes.plot(seconds(runs), mean, colour, linestyle=dashes, linewidth=2.4, label=label)
+    axes.plot(points(runs), mean, colour, linestyle=dashes, linewidth=2.4, label=label)
 
 
 def band(axes, arm: str, x, rows: np.ndarray, dashes: str | None = None) -> None:
@@ -116,11 +113,11 @@ def draw_compare(runs: list, path: Path) -> None:
     for arm, group in by_arm(runs).items():
         steps = range(1, group[0].steps + 1)
         band(reward, arm, steps, smooth(group, "reward", 5))
-        band(unguided, arm, seconds(group), accuracy(group, "mean"))
+        band(unguided, arm, points(group), accuracy(group, "mean"))
         band(wasted, arm, steps, smooth(group, "zero_variance_wrong", 10), "-")
         band(wasted, arm, steps, smooth(group, "zero_variance_right", 10), ":")
     frame(reward, "training reward, as guided", "step")
-    frame(unguided, "held-out accuracy, unguided", "training seconds")
+    frame(unguided, "held-out accuracy, unguided", "step")
     frame(wasted, "groups all wrong (—), all right (···)", "step")
     unguided.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -132,8 +129,8 @@ def draw_sweep(kinds: dict[str, list], path: Path) -> None:
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         for arm, group in by_arm(kinds[kind]).items():
-            band(axes, arm, seconds(group), accuracy(group, "mean"))
-        frame(axes, kind, "training seconds")
+            band(axes, arm, points(group), accuracy(group, "mean"))
+        frame(axes, kind, "step")
     panels[0].set_ylabel("unguided accuracy, mean")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -379,7 +379,7 @@ def follow(monkeypatch, scripts) -> list:
     """Put scripts, one a prompt, in the place of the policy; returns the contexts of each call."""
     turns, calls = [iter(script) for script in scripts], []
 
-    def sample(model, tokenizer, contexts, group_size, config, stopping_criteria):
+    def sample(model, tokenizer, contexts, config, stops):
         calls.append(contexts)
         return tokenizer([next(turns[ids[0]]) for ids in contexts])["input_ids"]
 
@@ -391,7 +391,7 @@ def test_rows_of_a_batch_go_on_until_each_has_its_own_end(monkeypatch):
     monkeypatch.setattr(dialogue, "MAX_TURNS", 3)
     tokenizer, calls = Letters(), follow(monkeypatch, SCRIPTS)
     config = SimpleNamespace(max_new_tokens=999)
-    rows, marks = dialogue.converse(None, tokenizer, [[i] for i in range(5)], 1, config)
+    rows, marks = dialogue.converse(None, tokenizer, [[i] for i in range(5)], config)
     assert [len(call) for call in calls] == [5, 4, 2, 1]  # only open rows; the fourth is stopped
     told = dialogue.look_up(ASK)
     assert tokenizer.batch_decode(rows) == [
@@ -412,7 +412,7 @@ def test_the_token_limit_counts_what_was_sampled_over_all_turns(monkeypatch):
     for limit in range(len(ASK), 3 * len(ASK) + 1):
         calls = follow(monkeypatch, [[ASK] * 9])
         config = SimpleNamespace(max_new_tokens=limit)
-        rows, marks = dialogue.converse(None, Letters(), [[0]], 1, config)
+        rows, marks = dialogue.converse(None, Letters(), [[0]], config)
         assert sum(marks[0]) == limit and len(calls) == math.ceil(limit / len(ASK))
         assert marks[0][-1] == 1  # nothing is told to a row that may say no more
         assert Letters().decode(rows[0]).startswith(ASK)
@@ -421,5 +421,5 @@ def test_the_token_limit_counts_what_was_sampled_over_all_turns(monkeypatch):
 @pytest.mark.parametrize("said", [ASK + ">more", ASK + "\n" + ASK, ASK])
 def test_a_turn_ends_with_the_first_query(monkeypatch, said):
     follow(monkeypatch, [[said]])
-    rows = dialogue.speak(None, Letters(), [[0]], 1, None)
+    rows = dialogue.speak(None, Letters(), [[0]], None)
     assert Letters().batch_decode(rows) == [ASK]
