@@ -19,10 +19,7 @@ in on at by to of from with as than since because although while before after du
 however therefore thus hence instead meanwhile finally next now later first second third final find
 search look identify determine compare check let based given answer""".split()  # are no names
 LOWER, MASK = "a-zß-öø-ÿ", r"\[(?:ENTITY|ANSWER)\]"
-START, END = (
-    r"(?<![A-Za-zÀ-ɏ\d\]])",
-    r"(?![A-Za-zÀ-ɏ\d])",
-)  # other scripts may not space their words
+START, END = r"(?<![A-Za-zÀ-ɏ\d\]])", r"(?![A-Za-zÀ-ɏ\d])"  # not \b: 北京 has no spaces
 NO_NAME = rf"(?: {'|'.join(map(str.title, ORDINARY))} ) \b (?! \.[ ]?[A-Z] )"  # but J. or I. Doe
 WORD = rf"""(?: (?<! [\w\]] ) (?= \w ) (?! [{LOWER}\d_] | {NO_NAME} ) \w+
     (?: ['’-] (?! s\b | [{LOWER}]{{5}} ) \w+ )* )"""  # Yun-ho, O'Neil, but Hindi-language
