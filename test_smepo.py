@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -901,7 +900,7 @@ def test_ctrl_c_exits_at_once_and_resume_takes_the_latest_run_with_its_settings(
 ):
     def pressed(*args):
         if args[4] == 3:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt  # as Python does at Ctrl-C; a background job ignores the signal
         return train_step(*args)
 
     train_step = smepo.train_step
