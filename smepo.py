@@ -27,6 +27,7 @@ Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--h
 
 import argparse
 import inspect
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,6 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -270,6 +270,13 @@ def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "
         raise UserError(f"the model's chat template refuses {roles}: {error}") from error
 
 
+def set_guide(p: Problem, guide: str, config: Config) -> None:
+    seed = f"{config.seed} {p.question}"
+    how = config.domain, p.answer, config.prefix_ratio, seed
+    p.guide = guide_trace(p.trace, guide, *how)
+    p.leaky = leaks(p.guide, p.answer, config.domain)
+
+
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
     """The problems of a file, with what the policy will be shown of their traces."""
 
@@ -280,12 +287,9 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
 
     problems = read_problems(path, guide, config)
     for p in problems:
-        seed = f"{config.seed} {p.question}"
-        how = config.domain, p.answer, config.prefix_ratio, seed
-        p.guide = guide_trace(p.trace, guide, *how)
-        p.leaky = leaks(p.guide, p.answer, config.domain)
+        set_guide(p, guide, config)
         p.prompt_ids = encode(p.question, "")
-        p.guided_ids = encode(p.question, p.guide)
+        p.guided_ids = encode(p.question, p.guide) if p.guide else p.prompt_ids
     fitting = [p for p in problems if len(p.guided_ids) <= config.max_prompt_tokens]
     if len(fitting) < len(problems):
         left_out = len(problems) - len(fitting)
@@ -566,7 +570,7 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config)
     batches = [list(micro_batches(mini, pad_id, model.device, config)) for mini in minis]
     if config.mini_batches > 1:  # pi_old scores all before anything moves
         with torch.no_grad():
-            for batch in chain(*batches):
+            for batch in itertools.chain(*batches):
                 batch.old_logprobs = score(model, batch, config)
     sums = Counter()
     for mini, parts in zip(minis, batches, strict=True):
@@ -612,11 +616,15 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
 # ---- Training --------------------------------------------------------------------
 
 
+def draw_problems(problems: list[Problem], count: int, step: int, config: Config):
+    """Each step seeds its own draws, so a resumed run draws and samples the same."""
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    return random.Random(f"{config.seed} {step}").choices(problems, k=count)
+
+
 def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
     """Sample, reward, learn; returns the rollouts and the metrics."""
-    torch.manual_seed(config.seed * 1_000_003 + step)  # a resumed run samples the same
-    rng = random.Random(f"{config.seed} {step}")
-    batch = rng.choices(problems, k=config.prompts_per_step)
+    batch = draw_problems(problems, config.prompts_per_step, step, config)
     start = time.perf_counter()
     rollouts, count = collect_rollouts(model, tokenizer, batch, step, config)
     middle = time.perf_counter()
@@ -690,12 +698,15 @@ COLUMNS = {  # as data sets call them: the first that is there and is not taken 
 
 
 def choose_columns(names, path: str, config: Config) -> dict[str, str]:
-    """{"question": its column, "trace": ..., "answer": ...}, and says so."""
+    """{"question": its column, "trace": ..., "answer": ...} of those found, and says so."""
     columns = dict(pair.split("=", 1) for pair in config.columns)
     for part, usual in COLUMNS.items():
         free = [name for name in usual if name in names and name not in columns.values()]
-        columns.setdefault(part, next(iter(free), "stated by the trace"))
-    print(f"{path}:", ", ".join(f"{part}: {columns[part]}" for part in COLUMNS))
+        if free:
+            columns.setdefault(part, free[0])
+    absent = {"question": "none", "trace": "none", "answer": "stated by the trace"}
+    said = absent | columns
+    print(f"{path}:", ", ".join(f"{part}: {said[part]}" for part in COLUMNS))
     return columns
 
 
@@ -729,7 +740,7 @@ def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
         needed.append("trace")
     problems = []
     for number, row in enumerate(rows, start=1):
-        texts = {part: as_text(row.get(column)) for part, column in columns.items()}
+        texts = {part: as_text(row.get(columns.get(part))) for part in COLUMNS}
         texts["answer"] = texts["answer"] or stated(texts["trace"])
         for part, text in texts.items():
             if not text.strip() and part in needed:
@@ -770,7 +781,9 @@ def load_model(path: str | Path, config: Config):
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer in {path} has no eos_token: save one there")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.chat_template is None:
+        print(f"{path} has no chat template: a plain one is used")
+        tokenizer.chat_template = PLAIN_TEMPLATE
     # several EOS ids are kept; what else the folder recommends would bend the rollouts
     eos_ids = model.generation_config.eos_token_id or []
     if isinstance(eos_ids, int):
@@ -809,7 +822,8 @@ def run_folder(config: Config) -> Path:
     if config.guide_when != "always":
         words.append(config.guide_when)
     label = re.sub(r"[^\w.]+", "-", "-".join(words))
-    names = chain([label], (f"{label}-{number}" for number in count(2)))
+    numbered = (f"{label}-{number}" for number in itertools.count(2))
+    names = itertools.chain([label], numbered)
     return next(runs / name for name in names if not (runs / name).exists())
 
 
@@ -870,6 +884,11 @@ def append(path: Path, records: list[dict]) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def read_records(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 # ---- What the reader sees --------------------------------------------------------
 
 
@@ -885,8 +904,8 @@ def show_start(model, problems: list[Problem], tests: list[Problem], config: Con
 
 def report(folder: Path) -> None:
     """The table before -> after, and curve.png where matplotlib is there to draw it."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    points = [record for record in map(json.loads, lines) if "pass@1" in record]
+    records = read_records(folder / "metrics.jsonl")
+    points = [record for record in records if "pass@1" in record]
     first, last = points[0], points[-1]
     print(f"\nunguided accuracy  step 0           step {last['step']:<11} change")
     for level, (mean, error) in first["pass@1"].items():

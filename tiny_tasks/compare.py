@@ -96,8 +96,7 @@ def training_file(task: str, k: int) -> str:
 
 def read_metrics(run: Run, folder: Path) -> None:
     """The curves. Seconds are those of training: sampling, all passes, and update."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = smepo.read_records(folder / "metrics.jsonl")
     run.curve = {name: [round(record[name], 4) for record in records[1:]] for name in KEPT}
     seconds = 0.0
     for record in records:

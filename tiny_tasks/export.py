@@ -42,10 +42,7 @@ FORMATS = {"trl": to_trl, "verl": to_verl}
 def guided_problems(config: smepo.Config) -> list[smepo.Problem]:
     problems = smepo.read_problems(config.data, config.guide, config)
     for p in tqdm(problems):
-        seed = f"{config.seed} {p.question}"
-        settings = config.guide, config.domain, p.answer, config.prefix_ratio, seed
-        p.guide = smepo.guide_trace(p.trace, *settings)
-        p.leaky = smepo.leaks(p.guide, p.answer, config.domain)
+        smepo.set_guide(p, config.guide, config)
     return problems
 
 

@@ -68,8 +68,12 @@ def fresh_base(base):
 
 def rows(split: str, count: int | None = None, room: str = "arithmetic") -> list[dict]:
     """The first rows of a toy's data."""
-    lines = (TASKS / room / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
+    return smepo.read_records(TASKS / room / f"{split}.jsonl")[:count]
+
+
+def masker_cases(domain: str) -> list[dict]:
+    cases = smepo.read_records(TASKS / "masker_cases.jsonl")
+    return [case for case in cases if case["domain"] == domain]
 
 
 def write_rows(path, records: list[dict]) -> str:
@@ -80,7 +84,7 @@ def write_rows(path, records: list[dict]) -> str:
 
 def read_log(path) -> list[dict]:
     """The records of a log, without what a clock said."""
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    records = smepo.read_records(Path(path))
     return [{k: v for k, v in r.items() if not k.startswith("seconds_")} for r in records]
 
 

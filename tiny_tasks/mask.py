@@ -33,25 +33,25 @@ def wrap(cells: Cells, width: int) -> list[Cells]:
     return lines or [[]]
 
 
-def columns_of(trace: str, spans: list[smepo.Span], start: int, end: int) -> tuple[Cells, Cells]:
-    """A line of the trace, and of its mask, which stands where its span begins."""
+def columns_of(trace: str, around: dict[int, smepo.Span], start: int, end: int):
+    """A line of the trace, and of its mask, which stands where its span begins. `around`: the span
+    of each hidden character."""
     left, right = [], []
     for at in range(start, end):
         char = trace[at] if trace[at].isprintable() else " "
-        around = [span for span in spans if span[0] <= at < span[1]]
-        left.append((char, bool(around)))
-        if not around:
+        left.append((char, at in around))
+        if at not in around:
             right.append((char, False))
-        elif around[0][0] == at:
-            right += [(sign, True) for sign in around[0][2]]
+        elif around[at][0] == at:
+            right += [(sign, True) for sign in around[at][2]]
     return left, right
 
 
 def side_by_side(trace: str, spans: list[smepo.Span], width: int) -> list[str]:
     """Rows `trace | mask` of two columns, `width` each."""
-    rows = []
+    rows, around = [], {at: span for span in spans for at in range(*span[:2])}
     for line in re.finditer(r"[^\r\n]+|(?<=\n)(?=\r?\n)", trace):
-        left, right = columns_of(trace, spans, *line.span())
+        left, right = columns_of(trace, around, *line.span())
         for a, b in zip_longest(wrap(left, width), wrap(right, width), fillvalue=[]):
             rows.append(f"{paint(a)}{' ' * (width - len(a))} | {paint(b)}".rstrip())
     return rows

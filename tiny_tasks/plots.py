@@ -1,11 +1,11 @@
 """Pictures, where matplotlib is installed: the curve of a run, and what compare draws of many."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+import smepo
 from tiny_tasks.tables import by_arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; the dashes tell them apart in print.
@@ -24,8 +24,7 @@ FOUR = ("none", "full", "semantic", "on-failure")
 
 def draw_run(folder: Path) -> None:
     """curve.png: training reward and unguided accuracy against steps."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = smepo.read_records(folder / "metrics.jsonl")
     points = [record for record in steps if "pass@1" in record]
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()

@@ -7,7 +7,6 @@ are printed or become a page.
 import argparse
 import io
 import math
-import random
 import re
 import sys
 import textwrap
@@ -59,9 +58,8 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     """The rollouts of the first problem with something to teach, and why those before have not."""
     with redirect_stdout(io.StringIO()):  # without the line on columns
         problems = smepo.load_problems(config.data, config.guide, tokenizer, config)
-    torch.manual_seed(config.seed * 1_000_003 + STEP)
     skipped = []
-    for problem in random.Random(f"{config.seed} {STEP}").choices(problems, k=TRIES):
+    for problem in smepo.draw_problems(problems, TRIES, STEP, config):
         rollouts, _ = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
         rewards = [r.reward for r in rollouts]
         if smepo.group_advantages(rewards, len(rewards)).any():

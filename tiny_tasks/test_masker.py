@@ -1,19 +1,14 @@
 """The math traces of masker_cases.jsonl (code and search have theirs in their rooms), and the lines
 that the README shows."""
 
-import json
 import re
 
 import pytest
 
 import smepo
-from tiny_tasks.fixtures import ROOT, TASKS
+from tiny_tasks.fixtures import ROOT, masker_cases
 
-CASES = [
-    case
-    for case in map(json.loads, (TASKS / "masker_cases.jsonl").read_text("utf-8").splitlines())
-    if case["domain"] == "math"
-]
+CASES = masker_cases("math")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])

@@ -207,9 +207,10 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, capsys, fresh_base):
     assert "has no eos_token" in refused(capsys, flags(small(tmp_path, model=path)))
 
 
-def test_a_base_model_gets_a_plain_template(tmp_path, fresh_base):
+def test_a_base_model_gets_a_plain_template_and_is_told_so(tmp_path, capsys, fresh_base):
     fresh_base[1].chat_template = None
     _, tokenizer = smepo.load_model(saved(tmp_path / "model", *fresh_base), settings())
+    assert "model has no chat template: a plain one is used" in capsys.readouterr().out
     assert smepo.build_prompt(tokenizer, "1 + 1?", "2.", "Be brief.") == (
         "System: Be brief.\n\nUser: 1 + 1?\n\nAssistant: Here is an example solution:\n2.\n\n"
         "Assistant:"

@@ -14,13 +14,10 @@ import pytest
 import smepo
 from tiny_tasks.coding import domain
 from tiny_tasks.coding import judge as judge_module
+from tiny_tasks.fixtures import masker_cases, rows
 
 ROOM = Path(__file__).parent
-CASES = [
-    case
-    for line in (ROOM.parent / "masker_cases.jsonl").read_text(encoding="utf-8").splitlines()
-    if (case := json.loads(line))["domain"] == "code"
-]
+CASES = masker_cases("code")
 
 
 def mask(text: str) -> str:
@@ -104,13 +101,8 @@ def test_a_line_of_prose_is_kept_where_there_is_no_fence(line):
     assert re.sub("`.*`", "", mask(f"So:\n{line}\n")) == re.sub("`.*`", "", f"So:\n{line}\n")
 
 
-def rows(split: str) -> list[dict]:
-    lines = (ROOM / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_the_traces_of_the_toy_pass_their_tests_and_mask_without_a_leak():
-    lines = rows("train") + rows("test")
+    lines = rows("train", room="coding") + rows("test", room="coding")
     for row in lines:
         trace, truth = row["teacher_ds"], row["reward_model"]["ground_truth"]
         masked = smepo.mask_trace(trace, "code", truth)

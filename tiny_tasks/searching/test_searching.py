@@ -1,7 +1,6 @@
 """What the domain search promises: the mask, the leak check, the reward and the dialogue."""
 
 import itertools
-import json
 import math
 import random
 import re
@@ -13,14 +12,11 @@ import pytest
 
 import smepo
 from smepo import UserError
+from tiny_tasks.fixtures import masker_cases, rows
 from tiny_tasks.searching import dialogue, domain
 
 ROOM = Path(__file__).parent
-CASES = [
-    case
-    for line in (ROOM.parent / "masker_cases.jsonl").read_text(encoding="utf-8").splitlines()
-    if (case := json.loads(line))["domain"] == "search"
-]
+CASES = masker_cases("search")
 
 
 def mask(text: str, answer: str = "") -> str:
@@ -151,13 +147,8 @@ def test_a_plural_of_the_answer_is_hidden_as_a_whole():
     assert mask("two red squirrels", "a red squirrel") == "two [ANSWER]"
 
 
-def rows(split: str) -> list[dict]:
-    lines = (ROOM / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_the_traces_of_the_toy_replay_and_mask_without_a_leak():
-    lines = rows("train") + rows("test")
+    lines = rows("train", room="searching") + rows("test", room="searching")
     assert len({row["question"] for row in lines}) == len(lines) == 3000
     known = dialogue.load_knowledge(dialogue.KNOWLEDGE)
     names = {word for key in known for word in (key.split(" of ")[1], known[key].casefold())}
