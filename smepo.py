@@ -25,6 +25,8 @@ T completion tokens, V words in the vocabulary.
 Run `python smepo.py` to see it learn on a laptop, `--guide none` for GRPO, `--help` for more.
 """
 
+from __future__ import annotations
+
 import argparse
 import inspect
 import itertools
@@ -36,7 +38,6 @@ import re
 import sys
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -46,19 +47,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jinja2 import TemplateError  # of chat templates; transformers needs it anyway
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
-from transformers.utils import logging
+
+SHORT = sys.argv[1:2] in (["mask"], ["--help"])
+if __name__ != "__main__" or not SHORT:  # those two need none of it, and it takes seconds
+    import torch
+    from torch import Tensor
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
 
 Ids = list[int]  # token ids
 
 
 class UserError(Exception):
     """Bad input, in one line: what is wrong and how to mend it. `main` exits with code 2."""
+
+
+@contextmanager
+def blaming(what: str):
+    """Whatever a library raises in here is said in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(f"{what}: {reason}".rstrip(": ")) from error
 
 
 # ---- Config: every field is a flag, and the comment behind it is its help --------
@@ -85,7 +98,7 @@ class Config:
     prompts_per_step: int = 16  # B, problems in a rollout batch (paper: 32)
     group_size: int = 8  # G, rollouts of each problem (paper: 8)
     mini_batches: int = 1  # optimizer steps in a batch (paper: 4); at 1 no ratio moves
-    micro_tokens: int = 2**15  # tokens in a forward pass; out of memory? halve it
+    micro_batch: int = 128  # rollouts in a forward pass; out of memory? halve it
     generate_batch: int = 512  # rows in a call of generate; this bounds its memory
     learning_rate: float = 2e-4  # of AdamW (paper, 8B parameters: 1e-6)
     grad_clip: float = 1.0  # largest gradient norm
@@ -155,7 +168,7 @@ class Domain:
     spans: Callable  # (trace, answer) -> list[Span]: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
     rewards: Callable  # (completions, truths) -> list[float]: 1.0 if right, else 0.0
-    check: Callable | None = None  # (truth): ValueError if it cannot be read
+    check: Callable = str  # (truth): an error if it cannot be read
     converse: Callable | None = None  # rollouts of several turns, see searching/
     told: re.Pattern | None = None  # what is not written by the policy then
 
@@ -164,11 +177,8 @@ def find_domain(name: str) -> Domain:
     """Math is in this file. Any other is a module with a DOMAIN, imported when asked for."""
     if name not in DOMAINS:
         module = f"tiny_tasks.{TOYS[name]}.domain" if name in TOYS else name
-        try:
+        with blaming(f"--domain {name}: it must be math, code, search or a module with a DOMAIN"):
             DOMAINS[name] = import_module(module).DOMAIN
-        except (ImportError, AttributeError, ValueError) as error:
-            rule = "math, code, search or a module with a DOMAIN"
-            raise UserError(f"--domain {name}: it must be {rule} ({error})") from error
     return DOMAINS[name]
 
 
@@ -200,11 +210,9 @@ def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
 
 
 def replace_spans(trace: str, spans: list[Span]) -> str:
-    parts, at = [], 0
-    for start, end, mask in spans:
-        parts += [trace[at:start], mask]
-        at = end
-    return "".join(parts) + trace[at:]
+    for start, end, mask in reversed(spans):
+        trace = trace[:start] + mask + trace[end:]
+    return trace
 
 
 def mask_trace(trace: str, domain: str, answer: str = "") -> str:
@@ -262,12 +270,9 @@ def build_messages(question: str, guide_text: str = "", system: str = "") -> lis
 
 def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "") -> str:
     messages = build_messages(question, guide_text, system)
-    form = {"tokenize": False, "add_generation_prompt": True}
-    try:
-        return tokenizer.apply_chat_template(messages, **form)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the model's chat template refuses {roles}: {error}") from error
+    roles = ", ".join(message["role"] for message in messages)
+    with blaming(f"the model's chat template refuses {roles}"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def set_guide(p: Problem, guide: str, config: Config) -> None:
@@ -279,17 +284,14 @@ def set_guide(p: Problem, guide: str, config: Config) -> None:
 
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
     """The problems of a file, with what the policy will be shown of their traces."""
-
-    def encode(question: str, shown: str) -> Ids:
-        prompt = build_prompt(tokenizer, question, shown, config.system)
-        # the chat template has written the special tokens
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
-
     problems = read_problems(path, guide, config)
     for p in problems:
         set_guide(p, guide, config)
-        p.prompt_ids = encode(p.question, "")
-        p.guided_ids = encode(p.question, p.guide) if p.guide else p.prompt_ids
+        prompts = [
+            build_prompt(tokenizer, p.question, text, config.system) for text in ("", p.guide)
+        ]
+        # the chat template has written the special tokens
+        p.prompt_ids, p.guided_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     fitting = [p for p in problems if len(p.guided_ids) <= config.max_prompt_tokens]
     if len(fitting) < len(problems):
         left_out = len(problems) - len(fitting)
@@ -330,7 +332,6 @@ def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
     return ids
 
 
-@torch.no_grad()
 def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> list[Ids]:
     """A completion of each prompt. `stops`: stopping_criteria of generate, beside the EOS."""
     settings = GenerationConfig(  # all of them: top_k, left unset, would be 50
@@ -338,7 +339,6 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
         temperature=config.temperature,
         top_k=0,
         top_p=1.0,
-        repetition_penalty=1.0,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -348,13 +348,8 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
         part = prompts[start : start + config.generate_batch]
         ids, mask = pad(part, tokenizer.pad_token_id, "left", model.device)  # (N, P)
         inputs = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": stops}
-        try:
+        with blaming("the outputs are not finite: lower --learning_rate; or memory is short"):
             rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            message = "the model's outputs are not finite: lower --learning_rate"
-            raise UserError(message) from error
         completions += rows[:, ids.shape[1] :].tolist()
     return [until_eos(row, settings.eos_token_id) for row in completions]
 
@@ -362,8 +357,7 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
 def rollout(model, tokenizer, problems, guided: list[bool], config: Config) -> list[Rollout]:
     """One rollout of each problem, `guided` or not. G of the same in a row are a group."""
     domain = find_domain(config.domain)
-    pairs = zip(problems, guided, strict=True)
-    prompts = [p.guided_ids if shown else p.prompt_ids for p, shown in pairs]
+    prompts = [p.guided_ids if g else p.prompt_ids for p, g in zip(problems, guided, strict=True)]
     if domain.converse:
         ids, sampled = domain.converse(model, tokenizer, prompts, config)
     else:
@@ -374,8 +368,8 @@ def rollout(model, tokenizer, problems, guided: list[bool], config: Config) -> l
     # what was cut off has stated no answer
     finished = [text if end else "" for text, end in zip(texts, ended, strict=True)]
     rewards = domain.rewards(finished, [problem.answer for problem in problems])
-    columns = problems, guided, prompts, ids, sampled, texts, ended, rewards
-    return [Rollout(*row) for row in zip(*columns, strict=True)]
+    rows = zip(problems, guided, prompts, ids, sampled, texts, ended, rewards, strict=True)
+    return [Rollout(*row) for row in rows]
 
 
 def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
@@ -393,15 +387,14 @@ def collect_rollouts(model, tokenizer, problems: list[Problem], step: int, confi
     """B*G rollouts to learn from, and how many were sampled to get them."""
     G = config.group_size
     rows = [problem for problem in problems for _ in range(G)]
-    guided = [shows_guide(p, step, config) and p.guide != "" for p in rows]
+    guided = [p.guide != "" and shows_guide(p, step, config) for p in rows]
     rollouts = rollout(model, tokenizer, rows, guided, config)
     again = []  # a second chance, with the guide
     for i in range(0, len(rows), G):
         failed = not any(r.reward or r.guided for r in rollouts[i : i + G])
         if failed and rows[i].guide and shows_guide(rows[i], step, config, failed=True):
             again += range(i, i + G)
-    retried = [rows[i] for i in again]
-    second = rollout(model, tokenizer, retried, [True] * len(again), config)
+    second = rollout(model, tokenizer, [rows[i] for i in again], [True] * len(again), config)
     for i, one in zip(again, second, strict=True):
         rollouts[i] = one
     return rollouts, len(rows) + len(again)
@@ -504,26 +497,28 @@ class MicroBatch:
 
 
 def micro_batches(rollouts: list[Rollout], pad_id: int, device, config: Config):
-    """Those that have a gradient, some `micro_tokens` at a time. Advantage 0, as in all-wrong
-    and all-right groups, has none: such rollouts are not scored, but count in the mean."""
+    """Those that have a gradient, `micro_batch` at a time. Advantage 0, as in all-wrong and
+    all-right groups, has none: such rollouts are not scored, but count in the mean."""
     useful = [r for r in rollouts if r.advantage != 0]
     useful.sort(key=lambda r: -len(r.prompt_ids + r.ids))  # like lengths: little padding
-    while useful:  # the longest first: if they fit into memory, all will
-        count = max(1, config.micro_tokens // len(useful[0].prompt_ids + useful[0].ids))
-        part, useful = useful[:count], useful[count:]
+    batches = []
+    for start in range(0, len(useful), config.micro_batch):
+        part = useful[start : start + config.micro_batch]
         prompts, prompt_mask = pad([r.prompt_ids for r in part], pad_id, "left", device)
         ids, mask = pad([r.ids for r in part], pad_id, "right", device)
         sampled, _ = pad([r.sampled for r in part], 0, "right", device)
         share = len(part) / len(rollouts)
         if config.aggregation == "token":
             share = sampled.sum().item() / sum(sum(r.sampled) for r in rollouts)
-        yield MicroBatch(
+        batch = MicroBatch(
             input_ids=torch.cat([prompts, ids], 1),
             attention_mask=torch.cat([prompt_mask, mask], 1),
             sampled=sampled,
             advantages=torch.tensor([r.advantage for r in part], device=device),
             share=share,
         )
+        batches.append(batch)
+    return batches
 
 
 def score(model, batch: MicroBatch, config: Config) -> Tensor:
@@ -531,20 +526,16 @@ def score(model, batch: MicroBatch, config: Config) -> Tensor:
     return token_logprobs(model, *inputs, config.temperature)  # (N, T)
 
 
-def backward(model, batch: MicroBatch, config: Config) -> Counter:
-    """Add the gradient of a micro-batch; returns sums over its tokens."""
+def backward(model, batch: MicroBatch, config: Config) -> dict:
+    """Add the gradient of a micro-batch; returns what it was like."""
     logprobs = score(model, batch, config)  # (N, T)
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     limits = config.clip_low, config.clip_high, config.aggregation
     loss, stats = policy_loss(logprobs, old, batch.advantages, batch.sampled, *limits)
     (loss * batch.share).backward()
-    tokens = batch.sampled.sum()
-    return Counter(
-        loss=loss.item() * batch.share,
-        tokens=tokens.item(),
-        clip_fraction=(stats["clip_fraction"] * tokens).item(),
-        entropy=-(old * batch.sampled).sum().item(),  # as its own samples estimate it
-    )
+    entropy = -(old * batch.sampled).sum() / batch.sampled.sum()  # as its samples estimate it
+    stats |= {"loss": loss, "entropy": entropy}
+    return {name: value.item() for name, value in stats.items()}
 
 
 def optimizer_step(model, optimizer, config: Config) -> float:
@@ -558,37 +549,35 @@ def optimizer_step(model, optimizer, config: Config) -> float:
 
 
 def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config) -> dict:
-    """One optimizer step for each mini-batch; returns average statistics."""
-    advantages = group_advantages(
-        [r.reward for r in rollouts], config.group_size, config.advantage_scale
-    )
-    for one, advantage in zip(rollouts, advantages.tolist(), strict=True):
-        one.advantage = advantage
+    """One optimizer step for each mini-batch; returns means over micro-batches."""
+    rewards = [r.reward for r in rollouts]
+    advantages = group_advantages(rewards, config.group_size, config.advantage_scale)
+    for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        r.advantage = advantage
     size = len(rollouts) // config.mini_batches
     minis = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    pad_id = tokenizer.pad_token_id
-    batches = [list(micro_batches(mini, pad_id, model.device, config)) for mini in minis]
+    batches = [micro_batches(mini, tokenizer.pad_token_id, model.device, config) for mini in minis]
     if config.mini_batches > 1:  # pi_old scores all before anything moves
         with torch.no_grad():
             for batch in itertools.chain(*batches):
                 batch.old_logprobs = score(model, batch, config)
-    sums = Counter()
+    stats, norms = [], []
     for mini, parts in zip(minis, batches, strict=True):
-        for batch in parts:
-            sums.update(backward(model, batch, config))
+        stats += [backward(model, batch, config) for batch in parts]
         if config.expert_coef:
             for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
                 loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
-                (loss * config.expert_coef * config.group_size / len(mini)).backward()
+                (loss * config.expert_coef * config.group_size / size).backward()
         if parts or config.expert_coef:  # else no group has a signal
-            sums.update(steps=1, grad_norm=optimizer_step(model, optimizer, config))
-    steps, tokens = max(1, sums["steps"]), max(1, sums["tokens"])
-    return {
-        "loss": sums["loss"] / steps,
-        "grad_norm": sums["grad_norm"] / steps,
-        "clip_fraction": sums["clip_fraction"] / tokens,
-        "entropy": sums["entropy"] / tokens,
-    }
+            norms.append(optimizer_step(model, optimizer, config))
+    means = {"grad_norm": mean(norms)}
+    for name in "loss", "entropy", "clip_fraction":
+        means[name] = mean([one[name] for one in stats])
+    return means
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 # ---- Evaluation: unguided by construction ----------------------------------------
@@ -596,21 +585,20 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config)
 
 def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     """{"pass@1": {difficulty: [mean, its standard error], "mean": ...}, "pass@4": ...}"""
-    start, n = time.perf_counter(), config.eval_samples
+    n = config.eval_samples
     rows = [problem for problem in problems for _ in range(n)]
     rollouts = rollout(model, tokenizer, rows, [False] * len(rows), config)
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, n)  # (problems, n)
-    levels = sorted({problem.difficulty for problem in problems})
     table = {}
-    for name, solved in ("pass@1", rewards.mean(1)), (f"pass@{n}", rewards.amax(1)):
+    for name, solved in {"pass@1": rewards.mean(1), f"pass@{n}": rewards.amax(1)}.items():
         row = table[name] = {}
-        for level in levels:
+        for level in sorted({problem.difficulty for problem in problems}):
             p = solved[[problem.difficulty == level for problem in problems]]
             row[level] = [p.mean().item(), p.std(correction=0).item() / len(p) ** 0.5]
         # every difficulty weighs the same
         means, errors = torch.tensor(list(row.values())).T
         row["mean"] = [means.mean().item(), errors.norm().item() / len(errors)]
-    return table | {"seconds_evaluation": time.perf_counter() - start}
+    return table
 
 
 # ---- Training --------------------------------------------------------------------
@@ -629,27 +617,25 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
     rollouts, count = collect_rollouts(model, tokenizer, batch, step, config)
     middle = time.perf_counter()
     stats = update(model, tokenizer, optimizer, rollouts, config)
-    end = time.perf_counter()
-    metrics = {"step": step, "rollouts": count} | describe(rollouts, config) | stats
-    seconds = {"seconds_rollout": middle - start, "seconds_update": end - middle}
-    return rollouts, metrics | seconds
+    seconds = {"seconds_rollout": middle - start, "seconds_update": time.perf_counter() - middle}
+    metrics = {"step": step, "rollouts": count} | describe(rollouts, config) | stats | seconds
+    return rollouts, metrics
 
 
 def describe(rollouts: list[Rollout], config: Config) -> dict:
-    """What the rollouts of a step were like."""
-    rewards = torch.tensor([r.reward for r in rollouts])  # (B*G,)
-    rewards = rewards.view(-1, config.group_size)  # (B, G)
-    values = {
-        "reward": rewards,
-        "zero_variance_wrong": rewards.amax(1) == 0,
-        "zero_variance_right": rewards.amin(1) == 1,
-        "completion_length": [sum(r.sampled) for r in rollouts],
-        "truncated": [not r.ended for r in rollouts],
-        "guided": [r.guided for r in rollouts],
-        "leak_rate": [r.problem.leaky for r in rollouts if r.guided] or [0],
+    """What the rollouts of a step were like, on average."""
+    G = config.group_size
+    groups = [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
+    rewards = [[r.reward for r in group] for group in groups]
+    return {
+        "reward": mean([r.reward for r in rollouts]),
+        "zero_variance_wrong": mean([max(group) == 0 for group in rewards]),
+        "zero_variance_right": mean([min(group) == 1 for group in rewards]),
+        "completion_length": mean([sum(r.sampled) for r in rollouts]),
+        "truncated": mean([not r.ended for r in rollouts]),
+        "guided": mean([r.guided for r in rollouts]),
+        "leak_rate": mean([r.problem.leaky for r in rollouts if r.guided]),
     }
-    means = [torch.as_tensor(value).float().mean().item() for value in values.values()]
-    return dict(zip(values, means, strict=True))
 
 
 def train(config: Config) -> Path:
@@ -662,20 +648,20 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     done = restore(folder, model, optimizer, config)
     if done == 0:
+        show_start(model, problems, config)
         torch.manual_seed(config.seed)
-        show_start(model, problems, tests, config)
         before = {"step": 0} | evaluate(model, tokenizer, tests, config)
         append(folder / "metrics.jsonl", [before])
     bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
     for step in bar:
-        state = model, tokenizer, optimizer
-        rollouts, metrics = train_step(*state, problems, step, config)
-        if step % config.eval_every == 0 or step == config.steps:
+        rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
+        last = step == config.steps
+        if last or step % config.eval_every == 0:
             metrics |= evaluate(model, tokenizer, tests, config)
         bar.set_postfix(reward=metrics["reward"])
         append(folder / "metrics.jsonl", [metrics])
         append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
-        if step % config.save_every == 0 or step == config.steps:
+        if last or step % config.save_every == 0:
             save_checkpoint(folder, model, optimizer, step)
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
@@ -697,16 +683,13 @@ COLUMNS = {  # as data sets call them: the first that is there and is not taken 
 }
 
 
-def choose_columns(names, path: str, config: Config) -> dict[str, str]:
-    """{"question": its column, "trace": ..., "answer": ...} of those found, and says so."""
+def choose_columns(names, config: Config) -> dict[str, str]:
+    """{"question": its column, "trace": ..., "answer": ...} of those found."""
     columns = dict(pair.split("=", 1) for pair in config.columns)
     for part, usual in COLUMNS.items():
         free = [name for name in usual if name in names and name not in columns.values()]
         if free:
             columns.setdefault(part, free[0])
-    absent = {"question": "none", "trace": "none", "answer": "stated by the trace"}
-    said = absent | columns
-    print(f"{path}:", ", ".join(f"{part}: {said[part]}" for part in COLUMNS))
     return columns
 
 
@@ -717,7 +700,7 @@ def read_rows(path: str, split: str) -> list[dict]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said below
     kind = "parquet" if path.endswith("parquet") else "json"
-    try:
+    with blaming(f"{path} has no rows to read"):
         if path.endswith(("parquet", "json", "jsonl")):
             splits = datasets.load_dataset(kind, data_files=path)
         else:
@@ -725,16 +708,14 @@ def read_rows(path: str, split: str) -> list[dict]:
             splits = datasets.load_dataset(*name)
         rows = splits[split] if split in splits else next(iter(splits.values()))
         return rows.flatten(max_depth=2).to_list()
-    except Exception as error:  # whatever a broken file makes the readers raise
-        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
-        raise UserError(f"{path} has no rows to read: {reason}") from error
 
 
 def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
     rows = read_rows(path, "train" if path == config.data else "test")
-    if not rows:
-        raise UserError(f"{path} has no rows to read: it is empty")
-    columns = choose_columns(rows[0], path, config)
+    columns = choose_columns(rows[0] if rows else [], config)
+    found = {"answer": "stated by the trace"} | columns
+    domain = find_domain(config.domain)
+    print(f"{path}:", ", ".join(f"{part}: {found.get(part)}" for part in COLUMNS))
     needed = ["question", "answer"]
     if guide != "none" or (config.expert_coef and path == config.data):
         needed.append("trace")
@@ -742,17 +723,12 @@ def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
     for number, row in enumerate(rows, start=1):
         texts = {part: as_text(row.get(columns.get(part))) for part in COLUMNS}
         texts["answer"] = texts["answer"] or stated(texts["trace"])
-        for part, text in texts.items():
-            if not text.strip() and part in needed:
-                rule = "add it, or see --columns"
-                raise UserError(f"{path} row {number} has no {part}: {rule}")
-        if check := find_domain(config.domain).check:
-            try:
-                check(texts["answer"])
-            except ValueError as error:
-                raise UserError(f"{path} row {number}: {error}") from error
-        difficulty = as_text(row.get("difficulty", "all"))
-        problems.append(Problem(**texts, difficulty=difficulty))
+        for part in needed:
+            if not texts[part].strip():
+                raise UserError(f"{path} row {number} has no {part}: add it, or see --columns")
+        with blaming(f"{path} row {number}"):
+            domain.check(texts["answer"])
+        problems.append(Problem(**texts, difficulty=as_text(row.get("difficulty", "all"))))
     return problems
 
 
@@ -771,13 +747,10 @@ def load_model(path: str | Path, config: Config):
     device = config.device
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
+    logging.disable_progress_bar()
+    with blaming(f"cannot load --model {path} on {device}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        model.to(device)
-    except Exception as error:  # whatever a broken folder makes the loaders raise
-        message = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot load --model {path} on {device}: {message}") from error
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer in {path} has no eos_token: save one there")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -790,8 +763,6 @@ def load_model(path: str | Path, config: Config):
         eos_ids = [eos_ids]
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise UserError(f"--model {path} has weights that are not finite")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
@@ -822,9 +793,11 @@ def run_folder(config: Config) -> Path:
     if config.guide_when != "always":
         words.append(config.guide_when)
     label = re.sub(r"[^\w.]+", "-", "-".join(words))
-    numbered = (f"{label}-{number}" for number in itertools.count(2))
-    names = itertools.chain([label], numbered)
-    return next(runs / name for name in names if not (runs / name).exists())
+    folder, number = runs / label, 1
+    while folder.exists():
+        number += 1
+        folder = runs / f"{label}-{number}"
+    return folder
 
 
 def open_run(config: Config) -> Path:
@@ -863,19 +836,19 @@ def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
 
 def restore(folder: Path, model, optimizer, config: Config) -> int:
     """Back to the checkpoint, the logs too; returns the steps that it has, or 0."""
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    saved, step, sizes = folder / "checkpoint" / "training.pt", 0, {}
+    saved.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.json") as new:
         new.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
-    state = {"step": 0, "log_sizes": {}}
-    saved = folder / "checkpoint" / "training.pt"
     if saved.exists():
         state = torch.load(saved, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    for path in (folder / "metrics.jsonl", folder / "rollouts.jsonl"):
-        if path.exists():
-            os.truncate(path, state["log_sizes"].get(path.name, 0))
-    return state["step"]
+        step, sizes = state["step"], state["log_sizes"]
+    for log in folder / "metrics.jsonl", folder / "rollouts.jsonl":
+        log.touch()
+        os.truncate(log, sizes.get(log.name, 0))
+    return step
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -892,13 +865,12 @@ def read_records(path: Path) -> list[dict]:
 # ---- What the reader sees --------------------------------------------------------
 
 
-def show_start(model, problems: list[Problem], tests: list[Problem], config: Config):
-    """What is trained on what."""
+def show_start(model, problems: list[Problem], config: Config):
+    p = problems[0]
     print(
         f"model {config.model}, {model.num_parameters():,} parameters, {model.device}\n"
-        f"data  {len(problems)} problems to train on, {len(tests)} to evaluate unguided\n"
         f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} leak\n\n"
-        f"{problems[0].question}\n\n{problems[0].guide}\n"
+        f"{p.question}\n\n{p.guide}\n"
     )
 
 
@@ -1212,6 +1184,8 @@ DOMAINS = {
 
 def parse(arguments: list[str]) -> Config:
     """Flags to Config; with --resume the settings of that run are the defaults."""
+    from transformers import HfArgumentParser  # here, as `mask` does without
+
     source = inspect.getsource(Config)
     helps = re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE)
     for setting, (_, help) in zip(fields(Config), helps, strict=True):
@@ -1229,7 +1203,6 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    logging.disable_progress_bar()
     try:
         if arguments[:1] in (["mask"], ["compare"], ["export"], ["show"]):
             import_module(f"tiny_tasks.{arguments[0]}").main(arguments[1:])

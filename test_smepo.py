@@ -620,15 +620,13 @@ def test_update_sets_the_advantages(fresh_base):
 def test_micro_batch_size_does_not_change_the_gradient(fresh_base, aggregation):
     groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [0.0] * 4, [0.0, 1, 1, 1])]
     rollouts = sum(groups, [])
-    whole = gradient_of(fresh_base, rollouts, micro_tokens=10**6, aggregation=aggregation)
+    whole = gradient_of(fresh_base, rollouts, micro_batch=100, aggregation=aggregation)
     assert whole.abs().max() > 1e-3
-    longest = max(len(r.prompt_ids + r.ids) for r in rollouts)
-    for size, first, parts in ((1, 1, 8), (3 * longest, 3, 3), (10**6, 8, 1)):
-        batches = list(smepo.micro_batches(rollouts, 0, "cpu", settings(micro_tokens=size)))
-        counts = [len(batch.advantages) for batch in batches]
-        assert (counts[0], len(counts), sum(counts)) == (first, parts, 8)
+    for size, counts in ((1, [1] * 8), (3, [3, 3, 2]), (100, [8])):
+        batches = smepo.micro_batches(rollouts, 0, "cpu", settings(micro_batch=size))
+        assert [len(batch.advantages) for batch in batches] == counts
         assert sum(batch.share for batch in batches) == pytest.approx(8 / 12)
-        part = gradient_of(fresh_base, rollouts, micro_tokens=size, aggregation=aggregation)
+        part = gradient_of(fresh_base, rollouts, micro_batch=size, aggregation=aggregation)
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -643,7 +641,7 @@ def test_update_has_the_gradient_of_the_whole_unskipped_loss(fresh_base, aggrega
     plain = gradient_of(fresh_base, rollouts, **options)
     for r in rollouts if told else []:
         r.sampled[1:-1] = [i % 3 % 2 for i in range(len(r.sampled) - 2)]
-    ours = gradient_of(fresh_base, rollouts, micro_tokens=100, **options)
+    ours = gradient_of(fresh_base, rollouts, micro_batch=3, **options)
     loss, tokens = 0.0, sum(sum(r.sampled) for r in rollouts)
     for r in rollouts:
         logprobs = unpadded_logprobs(fresh_base[0], r, 0.7)
@@ -796,7 +794,7 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     table = smepo.evaluate(None, None, [p, p, q, q], settings(eval_samples=2))
-    assert list(table) == ["pass@1", "pass@2", "seconds_evaluation"]
+    assert list(table) == ["pass@1", "pass@2"]
     assert table["pass@1"]["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
     assert table["pass@1"]["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
     assert table["pass@1"]["mean"] == pytest.approx([0.5, 0.125])
@@ -811,7 +809,7 @@ def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
     config = settings(guide="full", eval_samples=1)
     table = smepo.evaluate(*base, [problem(base)], config)  # the problem has a guide
     assert base[1].batch_decode(prompts) == ["<|user|>Compute 7 - 6 + 3 * 5<|end|><|assistant|>"]
-    assert list(table) == ["pass@1", "seconds_evaluation"]
+    assert list(table) == ["pass@1"]
 
 
 # ---- Training and the run folder -----------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_logprobs_of_sampled_completions_equal_unpadded_forwards(base):
     rollouts = smepo.rollout(*base, [problem(base), easy] * 3, [True, True, False] * 2, settings())
     for i, r in enumerate(rollouts):
         r.advantage = 1.0 + i  # tells them apart
-    config, seen = settings(micro_tokens=200), []
+    config, seen = settings(micro_batch=2), []
     for batch in smepo.micro_batches(rollouts, base[1].pad_token_id, "cpu", config):
         scores = smepo.score(base[0], batch, config)
         for row, marks, a in zip(scores, batch.sampled, batch.advantages, strict=True):
