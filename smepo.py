@@ -707,7 +707,15 @@ def read_rows(path: str, split: str) -> list[dict]:
             name = [path] if Path(path).exists() else path.split(":")
             splits = datasets.load_dataset(*name)
         rows = splits[split] if split in splits else next(iter(splits.values()))
-        return rows.flatten(max_depth=2).to_list()
+        return [flatten(row) for row in rows]
+
+
+def flatten(row: dict) -> dict:
+    """{"a": {"b": 1}} becomes {"a": {"b": 1}, "a.b": 1}."""
+    for name, value in list(row.items()):
+        if isinstance(value, dict):
+            row |= {f"{name}.{key}": inner for key, inner in flatten(value).items()}
+    return row
 
 
 def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
@@ -1191,15 +1199,14 @@ def parse(arguments: list[str]) -> Config:
     for setting, (_, help) in zip(fields(Config), helps, strict=True):
         setting.metadata = {"help": help}
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False)
-    read = parser.parse_args_into_dataclasses
-    config, rest = read(arguments, return_remaining_strings=True)
+    given, rest = parser.parse_known_args(arguments)
     if rest:
         raise UserError(f"unknown flag {rest[0]}: --help lists them all")
-    if config.resume:
-        path = run_folder(config) / "config.json"
+    if given.resume:
+        path = run_folder(given) / "config.json"
         parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
-        config = read(arguments)[0]
-    return config
+        given = parser.parse_args(arguments)
+    return Config(**vars(given))
 
 
 def main(arguments: list[str]) -> int:

@@ -69,6 +69,15 @@ def test_flags_reach_the_config():
     assert smepo.parse([]) == Config()
 
 
+def test_flags_of_a_resumed_run_are_checked_beside_its_own_settings():
+    config = settings(prompts_per_step=12, name="mine")
+    Path("runs/mine").mkdir(parents=True)
+    text = json.dumps(dataclasses.asdict(config))
+    Path("runs/mine/config.json").write_text(text, encoding="utf-8")
+    expected = dataclasses.replace(config, mini_batches=3, resume=True)  # of 16, 3 is no divisor
+    assert smepo.parse(["--resume", "--mini_batches", "3"]) == expected
+
+
 @pytest.mark.parametrize(
     "flag",
     "steps 0|steps many|guide half|group_size 1|guide_when sometimes|guide_when 1.5|temperature 0"
@@ -221,6 +230,7 @@ TRL = {
     "solution": "It is 2.",
     "ground_truth": "2",
 }
+UNLIKE = [GOOD, GOOD | {"reward_model": {"ground_truth": "3", "index": 1}}]
 TESTS = {"inputs": ["1\n"], "outputs": ["2\n"]}
 
 
@@ -252,6 +262,12 @@ def test_columns_of_the_usual_data_sets_are_found(tmp_path, capsys, row, columns
         assert (p.question, p.trace, answer) == expected
         assert p.difficulty == "all"
     assert capsys.readouterr().out.startswith(f"{path}: question: ")
+
+
+def test_rows_may_differ_in_what_is_nested(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", UNLIKE)
+    answers = [p.answer for p in smepo.read_problems(path, "semantic", settings(data=path))]
+    assert answers == ["2", "3"]  # not what the trace states
 
 
 @pytest.mark.parametrize(
@@ -1229,7 +1245,7 @@ def test_math_takes_linear_time_whatever_the_text():
         import json, sys, smepo
         for piece in json.load(sys.stdin):
             for answer in "\\frac{\\pi}{2}", "B", "7":
-                text = (piece * 20_000)[:20_000]
+                text = (piece * 10_000)[:10_000]
                 smepo.leaks(smepo.mask_trace(text, "math", answer), answer, "math")
                 smepo.leaks(text, answer, "math")
                 smepo.reward(text, answer, "math")"""

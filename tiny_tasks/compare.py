@@ -12,12 +12,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -95,7 +97,8 @@ def training_file(task: str, k: int) -> str:
 
 
 def read_metrics(run: Run, folder: Path) -> None:
-    """The curves. Seconds are those of training: sampling, all passes, and update."""
+    """The curves. Seconds are those of training: sampling, all passes, and update; on a CPU those
+    of the processor."""
     records = smepo.read_records(folder / "metrics.jsonl")
     run.curve = {name: [round(record[name], 4) for record in records[1:]] for name in KEPT}
     seconds = 0.0
@@ -148,6 +151,8 @@ def total_logprob(model, rollouts: list[smepo.Rollout], pad_id: int, config) -> 
 
 def start_worker(out: Path) -> None:
     """A process that works in the output folder, says nothing, and dies at Ctrl-C."""
+    if not torch.accelerator.is_available():  # other work on the machine is not to count
+        smepo.time = SimpleNamespace(perf_counter=time.process_time)
     os.chdir(out)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")

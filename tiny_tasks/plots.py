@@ -41,9 +41,12 @@ def draw_run(folder: Path) -> None:
 # ---- Many runs, as compare hands them over: an arm's runs differ in the seed alone ---------------
 
 
-def points(runs: list) -> list[int]:
-    """The steps at which accuracy was measured. Seconds would move with whatever else runs."""
-    return [point["step"] for point in runs[0].points]
+def points(runs: list, unit: str) -> np.ndarray:
+    """When accuracy was measured, a `step` or in `seconds`: the mean over the runs."""
+    rows = []
+    for run in runs:
+        rows.append([point[unit] for point in run.points])
+    return np.mean(rows, 0)
 
 
 def accuracy(runs: list, level: str) -> np.ndarray:
@@ -71,7 +74,7 @@ def frame(axes, title: str, xlabel: str) -> None:
 
 
 def draw_learning(runs: list, path: Path) -> None:
-    """Unguided accuracy of four arms against steps: each seed thin, their mean thick."""
+    """Unguided accuracy of four arms against seconds: each seed thin, their mean thick."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     level = runs[0].level()
@@ -79,8 +82,8 @@ def draw_learning(runs: list, path: Path) -> None:
         if arm in FOUR:
             thin_and_thick(left, arm, group, level)
             thin_and_thick(right, arm, group, "mean")
-    frame(left, f"on what it trains on, k = {level}", "step")
-    frame(right, "mean of all difficulties", "step")
+    frame(left, f"on what it trains on, k = {level}", "training seconds")
+    frame(right, "mean of all difficulties", "training seconds")
     left.set_ylabel("unguided accuracy")
     left.legend(loc="upper left")
     figure.savefig(path, dpi=150)
@@ -89,9 +92,10 @@ def draw_learning(runs: list, path: Path) -> None:
 def thin_and_thick(axes, arm: str, runs: list, level: str) -> None:
     label, colour, dashes = STYLES[arm]
     for run in runs:
-        axes.plot(points([run]), accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
-    mean = accuracy(runs, level).mean(0)
-    axes.plot(points(runs), mean, colour, linestyle=dashes, linewidth=2.4, label=label)
+        seconds = points([run], "seconds")
+        axes.plot(seconds, accuracy([run], level)[0], colour, linewidth=0.6, alpha=0.4)
+    seconds, mean = points(runs, "seconds"), accuracy(runs, level).mean(0)
+    axes.plot(seconds, mean, colour, linestyle=dashes, linewidth=2.4, label=label)
 
 
 def band(axes, arm: str, x, rows: np.ndarray, dashes: str | None = None) -> None:
@@ -112,7 +116,7 @@ def draw_compare(runs: list, path: Path) -> None:
     for arm, group in by_arm(runs).items():
         steps = range(1, group[0].steps + 1)
         band(reward, arm, steps, smooth(group, "reward", 5))
-        band(unguided, arm, points(group), accuracy(group, "mean"))
+        band(unguided, arm, points(group, "step"), accuracy(group, "mean"))
         band(wasted, arm, steps, smooth(group, "zero_variance_wrong", 10), "-")
         band(wasted, arm, steps, smooth(group, "zero_variance_right", 10), ":")
     frame(reward, "training reward, as guided", "step")
@@ -128,7 +132,7 @@ def draw_sweep(kinds: dict[str, list], path: Path) -> None:
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         for arm, group in by_arm(kinds[kind]).items():
-            band(axes, arm, points(group), accuracy(group, "mean"))
+            band(axes, arm, points(group, "step"), accuracy(group, "mean"))
         frame(axes, kind, "step")
     panels[0].set_ylabel("unguided accuracy, mean")
     panels[0].legend(fontsize=8)

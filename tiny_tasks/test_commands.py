@@ -436,6 +436,16 @@ def test_compare_refuses_bad_input_in_one_line(capsys, arguments, message):
     assert not Path("runs").exists()
 
 
+def test_help_and_mask_do_not_wait_for_torch(tmp_path):
+    trace = tmp_path / "trace.txt"
+    trace.write_text("Step 1: 1 + 1 = 2.", encoding="utf-8")
+    for arguments in (["--help"], ["mask", "--trace", trace]):
+        command = [sys.executable, "-X", "importtime", ROOT / "smepo.py", *arguments]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0 and "argparse" in done.stderr
+        assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
 # ---- The makers ----------------------------------------------------------------------------------
 
 
@@ -511,7 +521,7 @@ def test_calibration_of_the_shipped_bases(task, easy, monkeypatch):
     monkeypatch.setattr(judge, "SECONDS", 9.0)  # a busy machine fails no test
     room, config = TASKS / smepo.TOYS[task], settings(task=task)
     base = smepo.load_model(room / "base", config)
-    table = pretrain.calibrate(toys.find(task), *base, config, count=100)
+    table = pretrain.calibrate(toys.find(task), *base, config, count=60)
     assert easy[0] <= table["none", 2][0] <= easy[1]
     assert table["none", 5][0] <= 0.06
     assert table["semantic", 5][0] >= 0.10

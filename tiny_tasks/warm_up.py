@@ -1,0 +1,64 @@
+"""Warm up a real pretrained model on expert traces of the arithmetic toy, until it solves a few.
+
+    python -m tiny_tasks.warm_up --gguf FOLDER/FILE.gguf --out runs/warm
+
+A GGUF file, read with the package `gguf`, becomes a plain float32 folder, and then a few batches
+teach it the form of a solution and of a guide; their values are right. It is run by hand, and what
+came of it is in results/README.md.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import smepo
+from tiny_tasks import pretrain, toys
+from tiny_tasks.arithmetic import toy
+
+GUIDES = ["none", "none", "semantic", "full"]  # half of the examples are unguided
+
+
+def draw_example(rng: random.Random) -> tuple[str, str, str]:
+    """A question, the guide shown with it, and the expert's trace."""
+    problem = toys.draw_from_split(toy, rng, rng.randint(2, 5), held_out=False)
+    trace, _ = toy.expert(problem)
+    guide = smepo.guide_trace(trace, rng.choice(GUIDES), "math")
+    return toy.question_of(problem), guide, trace
+
+
+def load_gguf(path: Path):
+    """The model with its weights unpacked, so that it trains and saves like any other."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    packed = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    if hasattr(packed.config, "quantization_config"):
+        del packed.config.quantization_config
+    model = LlamaForCausalLM(packed.config)
+    model.load_state_dict(packed.state_dict())
+    return model, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gguf", type=Path, required=True, help="a Llama, such as SmolLM2")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=3e-5, help="peak, then to 0")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    model, tokenizer = load_gguf(given.gguf)
+    examples = pretrain.batches(
+        sys.modules[__name__], tokenizer, random.Random(given.seed), given.batch_size
+    )
+    pretrain.pretrain(model, examples, given.steps, given.learning_rate)
+    pretrain.save(model, tokenizer, given.out)
+
+
+if __name__ == "__main__":
+    main()
