@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import smepo
 from smepo import Config
-from tiny_tasks import compare, pretrain, tables, toys
+from tiny_tasks import compare, pretrain, tables, toys, warm_up
 from tiny_tasks.coding import judge
 from tiny_tasks.coding import toy as coding
 from tiny_tasks.compare import Run
@@ -30,6 +30,7 @@ from tiny_tasks.fixtures import (
     TASKS,
     assert_same_run,
     problem,
+    random_model,
     read_log,
     refused,
     rows,
@@ -463,6 +464,23 @@ def test_pretrain_makes_a_base_that_loads_and_calibrates_it(tmp_path, capsys, mo
     assert "none      2  0.500     0.250" in capsys.readouterr().out
     model, _ = smepo.load_model(tmp_path / "base", settings())
     assert model.num_parameters() < 250_000
+
+
+def test_a_warmed_up_model_comes_with_problems_to_train_on(tmp_path, base, monkeypatch):
+    fresh = random_model("llama", len(base[1])), base[1]
+    monkeypatch.setattr(warm_up, "load_gguf", lambda path: fresh)
+    command = ["warm_up", "--gguf", "a.gguf", "--out", str(tmp_path / "warm"), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    warm_up.main()
+    paths = [str(tmp_path / "warm" / name) for name in ("", "train.jsonl", "test.jsonl")]
+    config = settings(model=paths[0], data=paths[1], test_data=paths[2], steps=1, eval_samples=1)
+    assert smepo.train(config).name == "warm-semantic"
+    rng = random.Random(0)
+    examples = [warm_up.draw_example(rng) for _ in range(200)]
+    assert 80 <= sum(guide == "" for _, guide, _ in examples) <= 120
+    for question, guide, trace in examples:
+        assert not toys.is_held_out(question) and trace.startswith("Step 1: ")
+        assert guide in ("", trace, smepo.mask_trace(trace, "math"))
 
 
 def test_pretraining_does_not_teach_what_the_environment_says():

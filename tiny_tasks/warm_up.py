@@ -2,9 +2,9 @@
 
     python -m tiny_tasks.warm_up --gguf FOLDER/FILE.gguf --out runs/warm
 
-A GGUF file, read with the package `gguf`, becomes a plain float32 folder, and then a few batches
-teach it the form of a solution and of a guide; their values are right. It is run by hand, and what
-came of it is in results/README.md.
+A GGUF file, read with the package `gguf`, becomes a plain float32 folder, after a few batches that
+teach it the form of a solution and of a guide; their values are right. Beside it lie problems to
+train on, train.jsonl and test.jsonl. It is run by hand; results/README.md says what came of it.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from tiny_tasks import pretrain, toys
 from tiny_tasks.arithmetic import toy
 
 GUIDES = ["none", "none", "semantic", "full"]  # half of the examples are unguided
+TRAIN = {2: 300, 3: 300}  # difficulty k: problems
+TEST = {2: 60, 3: 60}
 
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
@@ -58,6 +60,10 @@ def main() -> None:
     )
     pretrain.pretrain(model, examples, given.steps, given.learning_rate)
     pretrain.save(model, tokenizer, given.out)
+    train = toys.draw_rows(toy, 1, TRAIN, held_out=False)
+    test = toys.draw_rows(toy, 2, TEST, held_out=True)
+    (given.out / "train.jsonl").write_bytes(toys.to_jsonl(train))
+    (given.out / "test.jsonl").write_bytes(toys.to_jsonl(test))
 
 
 if __name__ == "__main__":
