@@ -49,8 +49,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-SHORT = sys.argv[1:2] in (["mask"], ["--help"])
-if __name__ != "__main__" or not SHORT:  # those two need none of it, and it takes seconds
+HELP_OR_MASK = __name__ == "__main__" and sys.argv[1:2] in (["--help"], ["mask"])
+if not HELP_OR_MASK:  # these imports take seconds, and those two answer without
     import torch
     from torch import Tensor
     from torch.nn.utils.rnn import pad_sequence
@@ -77,7 +77,11 @@ def blaming(what: str):
 # ---- Config: every field is a flag, and the comment behind it is its help --------
 
 HERE = Path(__file__).resolve().parent
-TOYS = {"arithmetic": "arithmetic", "code": "coding", "search": "searching"}  # their rooms
+TOYS = {
+    "arithmetic": "arithmetic",
+    "code": "coding",
+    "search": "searching",
+}  # in tiny_tasks/
 
 
 @dataclass
@@ -122,7 +126,8 @@ class Config:
         most = {"prefix_ratio": 1, "clip_low": 1}
         for name, value in asdict(self).items():
             if type(value) in (int, float):
-                low = least.get(name, 1 if type(value) is int else 0)
+                whole = type(getattr(Config, name)) is int
+                low = least.get(name, 1 if whole else 0)
                 high = most.get(name, 2**31)
                 inside = low <= value <= high  # nan is not
                 self.require(inside, name, f"from {low} to {high}")
@@ -132,19 +137,11 @@ class Config:
         plain_name = re.fullmatch(r"[\w.-]*\w", self.name or "default")
         self.require(plain_name, "name", "a plain folder name")
         for pair in self.columns:
-            part, equals, _ = pair.partition("=")
-            known = part in COLUMNS and equals
+            known = re.match("(question|trace|answer)=", pair)
             self.require(known, "columns", "question=NAME, trace=NAME or answer=NAME")
         divides = self.prompts_per_step % self.mini_batches == 0
         self.require(divides, "mini_batches", "a divisor of --prompts_per_step")
-        self.fill_in()
-
-    def require(self, holds, name: str, rule: str):
-        if not holds:
-            raise UserError(f"--{name} {getattr(self, name)}: it must be {rule}")
-
-    def fill_in(self):
-        """What is not given comes from the toy, which has no system prompt."""
+        # what is not given comes from the toy, which has no system prompt
         if self.system is None:
             self.system = find_domain(self.domain).system if self.domain else ""
         if self.domain is None:
@@ -153,6 +150,10 @@ class Config:
         self.model = self.model or str(room / "base")
         self.data = self.data or str(room / "train.jsonl")
         self.test_data = self.test_data or str(room / "test.jsonl")
+
+    def require(self, holds, name: str, rule: str):
+        if not holds:
+            raise UserError(f"--{name} {getattr(self, name)}: it must be {rule}")
 
 
 # ---- The guide: what the policy is shown of the expert's trace -------------------
@@ -168,9 +169,9 @@ class Domain:
     spans: Callable  # (trace, answer) -> list[Span]: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
     rewards: Callable  # (completions, truths) -> list[float]: 1.0 if right, else 0.0
-    check: Callable = str  # (truth): an error if it cannot be read
+    check: Callable = str  # (truth): raises where it cannot be read; str reads anything
     converse: Callable | None = None  # rollouts of several turns, see searching/
-    told: re.Pattern | None = None  # what is not written by the policy then
+    told: re.Pattern | None = None  # what the policy is told in between, and does not write
 
 
 def find_domain(name: str) -> Domain:
@@ -199,13 +200,13 @@ def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
     pieces = [match.span() for match in piece.finditer(trace)]
     items = [(len(piece.findall(trace[start:end])), mask) for start, end, mask in spans]
     visible = len(pieces) - sum(length for length, _ in items)
-    items += [(1, "")] * visible
+    items += [(1, "")] * visible  # no mask: a piece that stays
     random.Random(seed).shuffle(items)
-    chosen, at = [], 0
+    chosen, rest = [], iter(pieces)
     for length, mask in items:
-        if mask:
-            chosen.append((pieces[at][0], pieces[at + length - 1][1], mask))
-        at += length
+        taken = list(itertools.islice(rest, length))
+        if mask and taken:
+            chosen.append((taken[0][0], taken[-1][1], mask))
     return chosen
 
 
@@ -277,8 +278,7 @@ def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "
 
 def set_guide(p: Problem, guide: str, config: Config) -> None:
     seed = f"{config.seed} {p.question}"
-    how = config.domain, p.answer, config.prefix_ratio, seed
-    p.guide = guide_trace(p.trace, guide, *how)
+    p.guide = guide_trace(p.trace, guide, config.domain, p.answer, config.prefix_ratio, seed)
     p.leaky = leaks(p.guide, p.answer, config.domain)
 
 
@@ -293,8 +293,8 @@ def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Prob
         # the chat template has written the special tokens
         p.prompt_ids, p.guided_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     fitting = [p for p in problems if len(p.guided_ids) <= config.max_prompt_tokens]
-    if len(fitting) < len(problems):
-        left_out = len(problems) - len(fitting)
+    left_out = len(problems) - len(fitting)
+    if left_out:
         print(f"{path}: {left_out} prompts exceed --max_prompt_tokens and are left out")
     if not fitting:
         raise UserError(f"{path} has no prompt within --max_prompt_tokens: raise it")
@@ -344,12 +344,15 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
         pad_token_id=tokenizer.pad_token_id,
     )
     completions = []
-    for start in range(0, len(prompts), config.generate_batch):
-        part = prompts[start : start + config.generate_batch]
+    for part in chunks(prompts, config.generate_batch):
         ids, mask = pad(part, tokenizer.pad_token_id, "left", model.device)  # (N, P)
-        inputs = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": stops}
         with blaming("the outputs are not finite: lower --learning_rate; or memory is short"):
-            rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
+            rows = model.generate(  # (N, P+T)
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=stops,
+            )
         completions += rows[:, ids.shape[1] :].tolist()
     return [until_eos(row, settings.eos_token_id) for row in completions]
 
@@ -388,16 +391,17 @@ def collect_rollouts(model, tokenizer, problems: list[Problem], step: int, confi
     G = config.group_size
     rows = [problem for problem in problems for _ in range(G)]
     guided = [p.guide != "" and shows_guide(p, step, config) for p in rows]
-    rollouts = rollout(model, tokenizer, rows, guided, config)
-    again = []  # a second chance, with the guide
-    for i in range(0, len(rows), G):
-        failed = not any(r.reward or r.guided for r in rollouts[i : i + G])
-        if failed and rows[i].guide and shows_guide(rows[i], step, config, failed=True):
-            again += range(i, i + G)
-    second = rollout(model, tokenizer, [rows[i] for i in again], [True] * len(again), config)
-    for i, one in zip(again, second, strict=True):
-        rollouts[i] = one
-    return rollouts, len(rows) + len(again)
+    groups = chunks(rollout(model, tokenizer, rows, guided, config), G)
+    again = []  # the groups that get a second chance, with the guide
+    for i, (p, group) in enumerate(zip(problems, groups, strict=True)):
+        failed = not any(r.reward or r.guided for r in group)
+        if failed and p.guide and shows_guide(p, step, config, failed=True):
+            again.append(i)
+    rows = [problems[i] for i in again for _ in range(G)]
+    second = chunks(rollout(model, tokenizer, rows, [True] * len(rows), config), G)
+    for i, group in zip(again, second, strict=True):
+        groups[i] = group
+    return list(itertools.chain(*groups)), G * (len(groups) + len(again))
 
 
 # ---- Advantages, log-probs and loss, as pure functions ---------------------------
@@ -427,15 +431,14 @@ def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, T: int) 
     """model(input_ids, attention_mask, positions).logits[:, -T - 1 : -1], for those at t are
     of token t + 1. But a group's prompt is read once: that saves two fifths of an update."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # padding shifts no prompt
-    start = input_ids.shape[1] - T - 1  # of the last prompt token: its logits are of o_1
-    inputs = torch.stack([input_ids, attention_mask, positions])  # (3, N, P+T)
-    prompts, row = inputs[:, :, :start].unique(dim=1, return_inverse=True)  # (3, B, P-1)
-    ids, mask, at = prompts
-    cache = model(ids, attention_mask=mask, position_ids=at, logits_to_keep=1).cache
+    inputs = torch.stack([input_ids, attention_mask, positions])[..., :-1]  # (3, N, P+T-1)
+    # the last prompt token is read with the completion: its logits are of o_1
+    (ids, mask, at), row = inputs[..., :-T].unique(dim=1, return_inverse=True)  # (B, P-1)
+    settings = {"use_cache": True, "logits_to_keep": 1}
+    cache = model(ids, attention_mask=mask, position_ids=at, **settings).cache
     cache.batch_select_indices(row)  # each row gets the keys and values of its prompt
-    ids, _, at = inputs[:, :, start:-1]  # (N, T)
-    mask = attention_mask[:, :-1]
-    return model(ids, attention_mask=mask, position_ids=at, cache=cache).logits
+    ids, _, at = inputs[..., -T:]  # (N, T)
+    return model(ids, attention_mask=inputs[1], position_ids=at, cache=cache).logits
 
 
 def policy_loss(
@@ -457,12 +460,10 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
     # min for either sign of A: leaving the range gains nothing, the way back stays open
     token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
-    tokens = mask.sum().clamp(min=1)
+    loss = token_loss.sum() / mask.sum()
     if aggregation == "sequence":
-        loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
-    else:
-        loss = token_loss.sum() / tokens
-    return loss, {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
+        loss = (token_loss.sum(1) / mask.sum(1)).mean()
+    return loss, {"clip_fraction": (clipped < unclipped)[mask].float().mean()}
 
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
@@ -474,7 +475,7 @@ def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tenso
     text = problem.trace + tokenizer.eos_token
     trace = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = trace["offset_mapping"]
-    visible = [all(b <= i or j <= a for i, j in unseen) for a, b in tokens]
+    visible = [all(end <= a or b <= start for a, b in unseen) for start, end in tokens]
     ids = problem.prompt_ids + trace["input_ids"]
     ids = torch.tensor([ids], device=model.device)  # (1, P+T)
     logprobs = token_logprobs(model, ids, torch.ones_like(ids), len(visible), 1.0)
@@ -502,8 +503,7 @@ def micro_batches(rollouts: list[Rollout], pad_id: int, device, config: Config):
     useful = [r for r in rollouts if r.advantage != 0]
     useful.sort(key=lambda r: -len(r.prompt_ids + r.ids))  # like lengths: little padding
     batches = []
-    for start in range(0, len(useful), config.micro_batch):
-        part = useful[start : start + config.micro_batch]
+    for part in chunks(useful, config.micro_batch):
         prompts, prompt_mask = pad([r.prompt_ids for r in part], pad_id, "left", device)
         ids, mask = pad([r.ids for r in part], pad_id, "right", device)
         sampled, _ = pad([r.sampled for r in part], 0, "right", device)
@@ -522,8 +522,8 @@ def micro_batches(rollouts: list[Rollout], pad_id: int, device, config: Config):
 
 
 def score(model, batch: MicroBatch, config: Config) -> Tensor:
-    inputs = batch.input_ids, batch.attention_mask, batch.sampled.shape[1]
-    return token_logprobs(model, *inputs, config.temperature)  # (N, T)
+    T, temperature = batch.sampled.shape[1], config.temperature
+    return token_logprobs(model, batch.input_ids, batch.attention_mask, T, temperature)
 
 
 def backward(model, batch: MicroBatch, config: Config) -> dict:
@@ -533,8 +533,8 @@ def backward(model, batch: MicroBatch, config: Config) -> dict:
     limits = config.clip_low, config.clip_high, config.aggregation
     loss, stats = policy_loss(logprobs, old, batch.advantages, batch.sampled, *limits)
     (loss * batch.share).backward()
-    entropy = -(old * batch.sampled).sum() / batch.sampled.sum()  # as its samples estimate it
-    stats |= {"loss": loss, "entropy": entropy}
+    stats["loss"] = loss
+    stats["entropy"] = -old[batch.sampled.bool()].mean()  # as its samples estimate it
     return {name: value.item() for name, value in stats.items()}
 
 
@@ -555,7 +555,7 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config)
     for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
         r.advantage = advantage
     size = len(rollouts) // config.mini_batches
-    minis = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    minis = chunks(rollouts, size)
     batches = [micro_batches(mini, tokenizer.pad_token_id, model.device, config) for mini in minis]
     if config.mini_batches > 1:  # pi_old scores all before anything moves
         with torch.no_grad():
@@ -576,6 +576,10 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config)
     return means
 
 
+def chunks(rows: list, size: int) -> list[list]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / max(1, len(values))
 
@@ -593,8 +597,8 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     for name, solved in {"pass@1": rewards.mean(1), f"pass@{n}": rewards.amax(1)}.items():
         row = table[name] = {}
         for level in sorted({problem.difficulty for problem in problems}):
-            p = solved[[problem.difficulty == level for problem in problems]]
-            row[level] = [p.mean().item(), p.std(correction=0).item() / len(p) ** 0.5]
+            rate = solved[[problem.difficulty == level for problem in problems]]
+            row[level] = [rate.mean().item(), rate.std(correction=0).item() / len(rate) ** 0.5]
         # every difficulty weighs the same
         means, errors = torch.tensor(list(row.values())).T
         row["mean"] = [means.mean().item(), errors.norm().item() / len(errors)]
@@ -624,8 +628,7 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
 
 def describe(rollouts: list[Rollout], config: Config) -> dict:
     """What the rollouts of a step were like, on average."""
-    G = config.group_size
-    groups = [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
+    groups = chunks(rollouts, config.group_size)
     rewards = [[r.reward for r in group] for group in groups]
     return {
         "reward": mean([r.reward for r in rollouts]),
@@ -669,9 +672,13 @@ def train(config: Config) -> Path:
 
 
 def loggable(r: Rollout, step: int) -> dict:
-    guide = r.problem.guide if r.guided else ""
-    record = {"step": step, "question": r.problem.question, "guide": guide}
-    return record | {"completion": r.text, "reward": r.reward}
+    return {
+        "step": step,
+        "question": r.problem.question,
+        "guide": r.problem.guide if r.guided else "",
+        "completion": r.text,
+        "reward": r.reward,
+    }
 
 
 # ---- Data and models -------------------------------------------------------------
@@ -701,7 +708,7 @@ def read_rows(path: str, split: str) -> list[dict]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said below
     kind = "parquet" if path.endswith("parquet") else "json"
     with blaming(f"{path} has no rows to read"):
-        if path.endswith(("parquet", "json", "jsonl")):
+        if path.endswith((".parquet", ".json", ".jsonl")):
             splits = datasets.load_dataset(kind, data_files=path)
         else:
             name = [path] if Path(path).exists() else path.split(":")
@@ -777,7 +784,7 @@ def load_model(path: str | Path, config: Config):
 
 
 PLAIN_TEMPLATE = (  # for base models
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{{ message.role | capitalize }}: {{ message.content }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
@@ -796,11 +803,10 @@ def run_folder(config: Config) -> Path:
         if not known:
             raise UserError("--resume: no run is in runs/ yet")
         return known[-1].parent
-    data = Path(config.data)
-    words = [data.parent.name if data.stem == "train" else data.stem, config.guide]
-    if config.guide_when != "always":
-        words.append(config.guide_when)
-    label = re.sub(r"[^\w.]+", "-", "-".join(words))
+    data = Path(config.data).resolve()
+    name = data.parent.name if data.stem == "train" else data.stem
+    words = f"{name}-{config.guide}-{config.guide_when}".removesuffix("-always")
+    label = re.sub(r"[^\w.]+", "-", words)
     folder, number = runs / label, 1
     while folder.exists():
         number += 1
@@ -814,7 +820,7 @@ def open_run(config: Config) -> Path:
     path = folder / "config.json"
     if path.exists():
         before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
-        free = ("name", "resume", "steps", "device", "micro_tokens")
+        free = ("name", "resume", "steps", "device", "micro_batch")
         changed = [key for key in now if key not in free and before.get(key) != now[key]]
         if changed or not config.resume:
             flags = "".join(f" --{key} {before.get(key)}" for key in changed)
@@ -930,7 +936,7 @@ TYPESETTING = [
 COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"  # 12,480, 12,\!480, 12{,}480, 12\,480
 TIMES_TEN_TO = r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?"
 SCALE = "|".join(SCALES)
-UNIT = rf"(?<=[\d}}])(?:\s+(?!{SCALE})[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
+UNIT = rf"(?<=[\d}}])(?:\s+(?!{SCALE}|or\b)[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
 NUMBER_FORMS = [
     (r"^[a-z]\w*\s*=|\\?%$", ""),  # x = 5; 50% is 50
     (UNIT, ""),
@@ -984,8 +990,8 @@ def number_value(text: str) -> Fraction | None:
     text = plain(text).casefold()
     if len(text) > 100:  # no number; some patterns below are slow on long texts
         return None
-    words = re.findall(r"\w+", text.replace(" and ", " "))
-    if words and NUMERALS.keys() >= set(words):
+    words = re.split(r" and |\b[ -]+", text)
+    if NUMERALS.keys() >= set(words):
         return spelled_value(words)
     text = replace_all(text, NUMBER_FORMS)
     if not re.fullmatch(r"(?:[-+]?\d+ +(?=-?\d+/))?[-+]?[\d.]+(?:/\d+|e-?\d{1,3})?", text):
@@ -1028,9 +1034,8 @@ class Rule:
 
 
 def any_of(words: list[str]) -> str:
-    """One of these words, whole; the first look-ahead only saves time."""
-    initials = "".join(word[0] + word[0].upper() for word in words)
-    return f"(?:(?=[{initials}])(?i:{'|'.join(words)})(?![A-Za-z]))"
+    """One of these words, whole."""
+    return f"(?:(?i:{'|'.join(words)})(?![A-Za-z]))"
 
 
 MASK = r"\[(?:NUMBER|ANSWER)\]"
@@ -1129,10 +1134,10 @@ def math_spans(trace: str, answer: str) -> list[Span]:
     spans = answer_spans(trace, answer)
     for match in MATH.finditer(trace):
         action = match.lastgroup
-        if action == "answer":
-            spans.append((*match.span(), "[ANSWER]"))
-        elif action == "number" or (action == "equal" and same_answer(match[0], answer)):
-            spans.append((*match.span(), "[NUMBER]"))
+        if action == "equal" and same_answer(match[0], answer):
+            action = "number"
+        if action in ("number", "answer"):
+            spans.append((*match.span(), f"[{action.upper()}]"))
     return spans
 
 
@@ -1168,6 +1173,7 @@ def math_leaks(masked: str, answer: str) -> bool:
     value = number_value(answer)
     if value is not None:
         numbers = {*VISIBLE.findall(text), *re.findall(DIGITS, text)}
+        # a sign may be an operator: [NUMBER] - 17
         return any(number_value(number) in (value, -value) for number in numbers)
     signs = re.sub(r"\\?[{}]", "", canonical(answer))
     pattern = "(?i:" + r"[\s{}\\]{0,6}".join(map(re.escape, signs)) + ")"
@@ -1195,8 +1201,8 @@ def parse(arguments: list[str]) -> Config:
     from transformers import HfArgumentParser  # here, as `mask` does without
 
     source = inspect.getsource(Config)
-    helps = re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE)
-    for setting, (_, help) in zip(fields(Config), helps, strict=True):
+    helps = re.findall(r"^    \w+: .*?  # (.*)", source, re.MULTILINE)
+    for setting, help in zip(fields(Config), helps, strict=True):
         setting.metadata = {"help": help}
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False)
     given, rest = parser.parse_known_args(arguments)

@@ -63,6 +63,12 @@ def test_every_setting_is_a_documented_flag(capsys):
         assert len(setting.metadata["help"]) > 10 and setting.metadata["help"] in shown
 
 
+def test_bounds_go_by_the_setting_and_not_by_what_is_given():
+    assert Config(clip_low=0, expert_coef=0, prefix_ratio=1).clip_low == 0
+    with pytest.raises(UserError, match="--steps 0"):
+        Config(steps=0)
+
+
 def test_flags_reach_the_config():
     config = settings(columns=["question=a", "trace=b"], guide="random", clip_low=0.1, name="x")
     assert smepo.parse(flags(config)) == config
@@ -148,6 +154,8 @@ def test_random_mask_keeps_long_spans_whole():
         assert lengths == {"[X]": 3, "[Y]": 1} and chosen[0][1] <= chosen[1][0]
         masked = smepo.guide_trace("1a2b3", "random", "math", seed=str(seed))
         assert masked.count("[NUMBER]") == 3  # what touches is apart
+        masked = smepo.guide_trace("北京和北京", "random", "math", "北京", seed=str(seed))
+        assert masked == "[ANSWER]"  # one piece only
 
 
 def test_guide_arms():
@@ -1048,6 +1056,8 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
         ("The answer is two million four hundred thousand.", "2400000", 1.0),
         ("The answer is twelve dozen.", "144", 1.0),
         ("The answer is two three.", "5", 0.0),
+        ("The answer is (twenty, five).", "25", 0.0),
+        ("The answer is 5 or six.", "5", 0.0),
         ("The answer is one third.", "4", 0.0),
         ("The answer is $42$.", "42", 1.0),
         ("The answer is 3 4.", "7", 0.0),
