@@ -752,7 +752,7 @@ def as_text(value) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        turns = [turn.get("content", "") for turn in value if isinstance(turn, dict)]
+        turns = [turn.get("content") or "" for turn in value if isinstance(turn, dict)]
         return "\n\n".join(turns)
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
