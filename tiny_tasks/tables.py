@@ -81,11 +81,26 @@ def speed(runs: list, grpo: list, level: str) -> list[str]:
     return [*cells, f"{median(factors):.2f}", f"{ahead} of {len(factors)}"]
 
 
+def when_grpo_ends(runs: list, grpo: list, level: str) -> list[str]:
+    """Accuracy at the second at which GRPO with the same seed ends, and how often it is higher."""
+    reached, ahead = [], 0
+    for run in runs:
+        (last,) = [rival.points[-1] for rival in grpo if rival.seed == run.seed]
+        known = [point for point in run.points if point["seconds"] <= last["seconds"]]
+        reached.append(known[-1]["accuracy"][level])
+        ahead += reached[-1] > last["accuracy"][level]
+    return [mean_error(reached), f"{ahead} of {len(runs)}"]
+
+
 def speed_table(arms: dict[str, list], level: str) -> str:
-    rows = [[arm, *speed(runs, arms["none"], level)] for arm, runs in arms.items()]
+    rows = []
+    for arm, runs in arms.items():
+        cells = speed(runs, arms["none"], level), when_grpo_ends(runs, arms["none"], level)
+        rows.append([arm, *cells[0], *cells[1]])
     goal = level if level == "mean" else f"k = {level}"
     header = ["arm", f"steps to GRPO's final accuracy, {goal}, seed by seed", "training seconds"]
-    return table([*header, "times as fast as GRPO, median", "ahead of GRPO"], rows)
+    header += ["times as fast as GRPO, median", "ahead of GRPO"]
+    return table([*header, "accuracy at the second at which GRPO ends", "above GRPO"], rows)
 
 
 def summary(runs: list) -> str:

@@ -309,6 +309,14 @@ def test_speed_is_told_of_every_seed_by_hand():
     assert tables.speed(grpo[:1], grpo, "mean")[:3] == ["4", "4", "1.00"]
 
 
+def test_equal_seconds_by_hand():
+    grpo = [fake("none", 1, [0.2, 0.3, 0.4], 1.0), fake("none", 2, [0.2, 0.3, 0.4], 1.0)]
+    ours = [fake("semantic", 1, [0.2, 0.6, 0.7], 1.5), fake("semantic", 2, [0.2, 0.3, 0.9], 1.0)]
+    # GRPO ends after 4 s; seed 1 is measured after 3 and 6 s, seed 2 after 2 and 4
+    assert tables.when_grpo_ends(ours, grpo, "mean") == ["0.750 ± 0.150", "2 of 2"]
+    assert tables.when_grpo_ends(grpo, grpo, "mean") == ["0.400 ± 0.000", "0 of 2"]
+
+
 def test_sweep_tells_speed_by_the_success_of_the_base(tmp_path):
     kinds = {}
     for k in (2, None):
