@@ -284,14 +284,15 @@ def set_guide(p: Problem, guide: str, config: Config) -> None:
 
 def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
     """The problems of a file, with what the policy will be shown of their traces."""
-    problems = read_problems(path, guide, config)
+    problems, prompts = read_problems(path, guide, config), []
     for p in problems:
         set_guide(p, guide, config)
-        prompts = [
-            build_prompt(tokenizer, p.question, text, config.system) for text in ("", p.guide)
-        ]
-        # the chat template has written the special tokens
-        p.prompt_ids, p.guided_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        for text in "", p.guide:
+            prompts.append(build_prompt(tokenizer, p.question, text, config.system))
+    # the chat template has written the special tokens
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    for p, (plain_ids, guided_ids) in zip(problems, chunks(ids, 2), strict=True):
+        p.prompt_ids, p.guided_ids = plain_ids, guided_ids
     fitting = [p for p in problems if len(p.guided_ids) <= config.max_prompt_tokens]
     left_out = len(problems) - len(fitting)
     if left_out:
@@ -460,10 +461,11 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
     # min for either sign of A: leaving the range gains nothing, the way back stays open
     token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
-    loss = token_loss.sum() / mask.sum()
+    tokens = mask.sum().clamp(min=1)
+    loss = token_loss.sum() / tokens
     if aggregation == "sequence":
-        loss = (token_loss.sum(1) / mask.sum(1)).mean()
-    return loss, {"clip_fraction": (clipped < unclipped)[mask].float().mean()}
+        loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return loss, {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
 
 
 def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
