@@ -77,11 +77,8 @@ def blaming(what: str):
 # ---- Config: every field is a flag, and the comment behind it is its help --------
 
 HERE = Path(__file__).resolve().parent
-TOYS = {
-    "arithmetic": "arithmetic",
-    "code": "coding",
-    "search": "searching",
-}  # in tiny_tasks/
+# a task's room in tiny_tasks/
+TOYS = {"arithmetic": "arithmetic", "code": "coding", "search": "searching"}
 
 
 @dataclass
@@ -347,13 +344,14 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
     completions = []
     for part in chunks(prompts, config.generate_batch):
         ids, mask = pad(part, tokenizer.pad_token_id, "left", model.device)  # (N, P)
-        with blaming("the outputs are not finite: lower --learning_rate; or memory is short"):
-            rows = model.generate(  # (N, P+T)
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                stopping_criteria=stops,
-            )
+        inputs = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": stops}
+        try:
+            rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
+        except RuntimeError as error:  # any other is no fault of the user's
+            if "probability tensor" not in str(error):
+                raise
+            message = "the model's outputs are not finite: lower --learning_rate"
+            raise UserError(message) from error
         completions += rows[:, ids.shape[1] :].tolist()
     return [until_eos(row, settings.eos_token_id) for row in completions]
 
@@ -653,7 +651,7 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     done = restore(folder, model, optimizer, config)
     if done == 0:
-        show_start(model, problems, config)
+        show_start(model, problems, tests, config)
         torch.manual_seed(config.seed)
         before = {"step": 0} | evaluate(model, tokenizer, tests, config)
         append(folder / "metrics.jsonl", [before])
@@ -730,9 +728,9 @@ def flatten(row: dict) -> dict:
 def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
     rows = read_rows(path, "train" if path == config.data else "test")
     columns = choose_columns(rows[0] if rows else [], config)
-    found = {"answer": "stated by the trace"} | columns
+    found = {"question": "none", "trace": "none", "answer": "stated by the trace"} | columns
     domain = find_domain(config.domain)
-    print(f"{path}:", ", ".join(f"{part}: {found.get(part)}" for part in COLUMNS))
+    print(f"{path}:", ", ".join(f"{part}: {found[part]}" for part in COLUMNS))
     needed = ["question", "answer"]
     if guide != "none" or (config.expert_coef and path == config.data):
         needed.append("trace")
@@ -780,6 +778,8 @@ def load_model(path: str | Path, config: Config):
         eos_ids = [eos_ids]
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"--model {path} has weights that are not finite")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
@@ -881,12 +881,13 @@ def read_records(path: Path) -> list[dict]:
 # ---- What the reader sees --------------------------------------------------------
 
 
-def show_start(model, problems: list[Problem], config: Config):
-    p = problems[0]
+def show_start(model, problems: list[Problem], tests: list[Problem], config: Config):
+    """What is trained on what."""
     print(
         f"model {config.model}, {model.num_parameters():,} parameters, {model.device}\n"
+        f"data  {len(problems)} problems to train on, {len(tests)} to evaluate unguided\n"
         f"guide {config.guide} {config.guide_when}; {sum(p.leaky for p in problems)} leak\n\n"
-        f"{p.question}\n\n{p.guide}\n"
+        f"{problems[0].question}\n\n{problems[0].guide}\n"
     )
 
 

@@ -1260,7 +1260,7 @@ def test_math_takes_linear_time_whatever_the_text():
         import json, sys, smepo
         for piece in json.load(sys.stdin):
             for answer in "\\frac{\\pi}{2}", "B", "7":
-                text = (piece * 5_000)[:5_000]
+                text = (piece * 20_000)[:20_000]
                 smepo.leaks(smepo.mask_trace(text, "math", answer), answer, "math")
                 smepo.leaks(text, answer, "math")
                 smepo.reward(text, answer, "math")"""
