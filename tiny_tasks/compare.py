@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import smepo
 from tiny_tasks import tables, toys
+from tiny_tasks.toys import at_least_1
 
 ARMS = {
     "none": {"guide": "none"},  # GRPO
@@ -211,21 +212,22 @@ def save(text: str, path: Path) -> str:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def at_least_1(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def list_of_seeds(text: str) -> list[int]:
     """3 is 1, 2 and 3; 5-6 is 5 and 6."""
     first, _, last = text.rpartition("-")
-    seeds = range(int(first or 1), at_least_1(last) + 1)
-    return list(seeds)
+    seeds = list(range(int(first or 1), at_least_1(last) + 1))
+    if not seeds:
+        raise ValueError
+    return seeds
+
+
+def distinct(values: list) -> list:
+    """Two processes must not train in one folder."""
+    return list(dict.fromkeys(values))
 
 
 def list_of_rates(text: str) -> list[float]:
-    return [float(rate) for rate in text.split(",")]
+    return distinct([float(rate) for rate in text.split(",")])
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -237,7 +239,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seeds", type=list_of_seeds, help="5, which is 1 to 5, or 3-7")
     add("--steps", type=at_least_1, default=60, help="of every arm")
     add("--points", type=at_least_1, default=20, help="evaluations on the way")
-    add("--jobs", type=at_least_1, default=os.cpu_count(), help="at a time, a core each")
+    add("--jobs", type=at_least_1, help="at a time; without it, one a core")
     add("--out", type=Path, default="runs/compare", help="the folder to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help=f"one seed of {', '.join(QUICK)}")
@@ -248,7 +250,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         raise smepo.UserError(f"unknown flag {rest[0]}: compare --help lists them all")
     usual = QUICK if given.quick else SWEPT if given.sweep else list(ARMS)
-    given.arms = given.arms.split(",") if given.arms else usual
+    given.arms = distinct(given.arms.split(",")) if given.arms else usual
     given.seeds = given.seeds or list(range(1, 2 if given.quick else 6))
     return given
 
@@ -284,7 +286,9 @@ def plan(given: argparse.Namespace) -> list[Run]:
 
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
-    runs, out = plan(given), given.out.resolve()
+    runs = plan(given)
+    # apart, as their seeds may enter no report
+    out = (given.out / "rates" if given.rates else given.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     for k in {run.k for run in runs if run.k}:
         rows = toys.draw_rows(toys.find(given.task), k, {k: 2000}, held_out=False)

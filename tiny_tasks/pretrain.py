@@ -12,7 +12,7 @@ import argparse
 import os
 import random
 import re
-import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -160,20 +160,21 @@ def load_rows(rows: list[dict], guide: str, tokenizer, config) -> list[smepo.Pro
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Written aside, then swapped in."""
-    new = out.with_name(out.name + ".new")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(new, out)
+    """Written aside, then swapped in, file by file: what else lies there stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, suffix=".new") as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        for path in Path(new).iterdir():
+            os.replace(path, out / path.name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(smepo.TOYS), default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
-    parser.add_argument("--steps", type=int, help="else as many as the task's base took")
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=toys.at_least_1, help="else as the task's base took")
+    parser.add_argument("--batch_size", type=toys.at_least_1, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, then to 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the model folder, else the task's")
@@ -198,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(toys.command(main))

@@ -108,7 +108,9 @@ def summary(runs: list) -> str:
     arms = by_arm(runs)
     parts = [final_table(arms)]
     if "none" in arms:
-        parts += [speed_table(arms, level) for level in (runs[0].level(), "mean")]
+        seeds = {run.seed for run in arms["none"]}
+        paired = by_arm([run for run in runs if run.seed in seeds])
+        parts += [speed_table(paired, level) for level in (runs[0].level(), "mean")]
     return "\n".join(parts)
 
 

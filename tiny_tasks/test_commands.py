@@ -353,6 +353,8 @@ def test_plan_of_quick_rates_and_sweep():
     rates = compare.plan(compare.parse(["--rates", "1e-4,1e-3", "--arms", "none", "--seeds", "2"]))
     tried = [(seed, rate) for seed in (101, 102) for rate in (1e-4, 1e-3)]
     assert [(run.seed, run.learning_rate) for run in rates] == tried
+    given = ["--rates", "1e-3,0.001", "--arms", "none,none", "--seeds", "1"]
+    assert len(compare.plan(compare.parse(given))) == 1  # no folder has two runs
     sweep = compare.plan(compare.parse(["--sweep", "--seeds", "4-5"]))
     assert {run.k for run in sweep} == {None, 2, 3, 4, 5} and {run.seed for run in sweep} == {4, 5}
     everything = compare.plan(compare.parse(["--steps", "9", "--points", "3"]))
@@ -406,11 +408,16 @@ def test_finished_runs_are_not_repeated_and_the_summary_comes_from_their_files(c
         folder = Path("runs/compare") / run.folder()
         folder.mkdir(parents=True)
         compare.save(json.dumps(dataclasses.asdict(known)), folder / "result.json")
+    lonely = fake("semantic", 3, [0.2, 0.3, 0.5], 1.0, learning_rate=4e-4)  # GRPO has no seed 3
+    folder = Path("runs/compare") / lonely.folder()
+    folder.mkdir()
+    compare.save(json.dumps(dataclasses.asdict(lonely)), folder / "result.json")
     flags[1] = "none"  # what else the folder holds is in the tables all the same
     assert smepo.main(["compare", *flags]) == 0
     summary = Path("runs/compare/summary.md").read_text(encoding="utf-8")
     assert summary in capsys.readouterr().out and "| semantic | 0.500 ± 0.000 |" in summary
-    assert len(Path("runs/compare/runs.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert len(Path("runs/compare/runs.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    assert "0 of 2 |" in summary and " of 3 |" not in summary
     pytest.importorskip("matplotlib")
     for name in ("learning.png", "compare.png"):
         assert Path("runs/compare", name).stat().st_size > 0
@@ -433,6 +440,7 @@ def test_a_run_that_fails_ends_the_command_with_its_one_line(tmp_path):
     [
         (["--arms", "none,magic"], "unknown arm magic: take some of none, full"),
         (["--seeds", "0"], "--seeds: invalid list_of_seeds value: '0'"),
+        (["--seeds", "7-3"], "--seeds: invalid list_of_seeds value: '7-3'"),
         (["--steps", "0"], "--steps: invalid at_least_1 value: '0'"),
         (["--rates", "fast"], "--rates: invalid list_of_rates value: 'fast'"),
         (["--sweep", "--arms", "semantic"], "add none to --arms"),
@@ -468,10 +476,17 @@ def test_pretrain_makes_a_base_that_loads_and_calibrates_it(tmp_path, capsys, mo
     flags = ["--steps", "2", "--batch_size", "4", "--out", str(tmp_path / "base")]
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     monkeypatch.setattr(pretrain, "calibrate", lambda *_: {("none", 2): (0.5, 0.25)})
-    pretrain.main()
+    (tmp_path / "base").mkdir()
+    write_rows(tmp_path / "base" / "notes.jsonl", [GOOD])
+    assert toys.command(pretrain.main) == 0
     assert "none      2  0.500     0.250" in capsys.readouterr().out
     model, _ = smepo.load_model(tmp_path / "base", settings())
     assert model.num_parameters() < 250_000
+    assert smepo.read_records(tmp_path / "base" / "notes.jsonl") == [GOOD]  # what lay there stays
+    assert not list((tmp_path / "base").glob("*.new"))
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--calibrate", "--out", str(tmp_path / "none")])
+    assert toys.command(pretrain.main) == 2
+    assert capsys.readouterr().err.startswith("cannot load --model ")
 
 
 def test_a_warmed_up_model_comes_with_problems_to_train_on(tmp_path, base, monkeypatch):

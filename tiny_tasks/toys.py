@@ -15,11 +15,29 @@ A toy is a module `tiny_tasks/<room>/toy.py` with these names. A problem is what
 
 import json
 import random
+import sys
 import zlib
 from dataclasses import replace
 from importlib import import_module
 
 import smepo
+
+
+def at_least_1(text: str) -> int:
+    """The type of a flag."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def command(main) -> int:
+    """The exit code of a script: bad input is said in one line."""
+    try:
+        main()
+    except (smepo.UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def find(task: str):

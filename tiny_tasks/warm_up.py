@@ -49,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, required=True, help="a Llama, such as SmolLM2")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=toys.at_least_1, default=12)
+    parser.add_argument("--batch_size", type=toys.at_least_1, default=16)
     parser.add_argument("--learning_rate", type=float, default=3e-5, help="peak, then to 0")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -62,9 +62,10 @@ def main() -> None:
     pretrain.save(model, tokenizer, given.out)
     train = toys.draw_rows(toy, 1, TRAIN, held_out=False)
     test = toys.draw_rows(toy, 2, TEST, held_out=True)
-    (given.out / "train.jsonl").write_bytes(toys.to_jsonl(train))
-    (given.out / "test.jsonl").write_bytes(toys.to_jsonl(test))
+    for name, rows in {"train.jsonl": train, "test.jsonl": test}.items():
+        with smepo.replacing(given.out / name) as new:
+            new.write_bytes(toys.to_jsonl(rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(toys.command(main))

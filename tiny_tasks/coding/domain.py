@@ -21,7 +21,7 @@ RULES = {  # an example: its pattern, of which the group is hidden; without a gr
     "`left-to-right`": r"`{1,2} [a-z]{2,} (?: - [a-z]{2,} )+ `{1,2}",
     "`.equals()`": r"`{1,2} \. \w+ \(\) `{1,2}",
     "```python\nx = 1\n```": r"""
-        ^ (?P<quote> [ \t]*> )? [ \t>]* (?: [-*+][ ] | \d+[.)][ ] )?  # in a quote, in a list
+        ^ (?P<quote> [ \t]*> )? [^`~<"\\\n]{0,99}  # in a quote, in a list, after a word
         (?P<fence> `{3,} (?= [^`\n]* $ ) | ~{3,} ) (?! .* \[CODE\] ) .* (?: \n | \Z )
         (?P<block_fence> [\s\S]*? )
         (?: ^[ \t>]* (?P=fence) [`~]* [ \t]* \r?$ | (?(quote) ^(?! [ \t]*> ) | \Z ) | \Z )""",
@@ -82,7 +82,7 @@ def code_spans(trace: str, answer: str) -> list[Span]:
 
 # ---- The leak check: it shares nothing with the mask ---------------------------------------------
 
-FENCE = re.compile(r"([\s>]*)(?:[-*+] |\d+[.)] )?(`{3,}|~{3,})([^`]*)$")
+FENCE = re.compile(r"([^`~]*)(`{3,}|~{3,})([^`]*)$")
 PLAINLY_CODE = re.compile(
     r"""\s*(?:
     (?: >>>\ | In\ \[ | @\w | \#include ) .* |  # as no sentence starts
@@ -111,23 +111,21 @@ def split_fences(text: str) -> tuple[list[str], list[str]]:
         elif fence:
             inside.append(line)
         elif mark:
-            fence, quoted = mark[2], ">" in mark[1]
+            fence, quoted = mark[2], mark[1].lstrip().startswith(">")
         else:
             outside.append(line)
     return inside, outside
 
 
 def code_leaks(masked: str, answer: str) -> bool:
-    """Is a line left in a fence, or inline code that computes; without a fence, a line of code?"""
+    """Is a line left in a fence, or inline code that computes, or a line of code elsewhere?"""
     inside, outside = split_fences(masked)
     if any(line.replace("[CODE]", "").strip("> \t\r") for line in inside):
         return True
     for inline in re.findall(r"`+([^`]+)`", "\n".join(outside)):
         if INLINE_COMPUTES.search(inline) and not HARMLESS.fullmatch(inline.strip()):
             return True
-    if "```" in masked or "~~~" in masked:
-        return False
-    lines = NEW_LINE.sub("\n", masked).split("\n")
+    lines = NEW_LINE.sub("\n", "\n".join(outside)).split("\n")
     lines = [line.rstrip('\\"} \t\r') for line in lines if not NO_CODE.search(line)]
     return any(PLAINLY_CODE.fullmatch(line) for line in lines)
 

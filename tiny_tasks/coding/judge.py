@@ -5,7 +5,6 @@ What it should print stays here, and is compared here. Where the platform can fo
 one a core, stay between calls; else each test starts a Python.
 """
 
-import atexit
 import json
 import os
 import signal
@@ -32,7 +31,7 @@ def cases(tests: str) -> list[tuple[str, str]]:
         tests = json.loads(tests)
         pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
     except (TypeError, KeyError, RecursionError) as error:
-        raise ValueError(repr(error)) from error
+        raise ValueError("the tests must be {inputs: [...], outputs: [...]}") from error
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
         raise ValueError("there must be texts to read and as many to print")
     return pairs
@@ -82,7 +81,6 @@ def worker_of_thread():
     if worker is None or worker.poll() is not None:
         THREAD.folder = tempfile.TemporaryDirectory()
         worker = THREAD.worker = start(cwd=THREAD.folder.name, stdout=subprocess.PIPE)
-        atexit.register(kill, worker)
     return worker
 
 

@@ -1,5 +1,5 @@
 """The process that runs a program: no environment, a temporary working folder, limits on time,
-memory and output, and a hook that refuses what no solution needs. This contains the accidents of a
+memory and output, and a hook that refuses what no solution in plain Python needs. This contains the accidents of a
 model that learns to write programs; against an attacker, put all of it in a container.
 
 judge.py starts this file as a script, in one of two ways. Given a program, it runs that. Else it
@@ -19,10 +19,10 @@ from functools import lru_cache, partial
 with suppress(ImportError):  # Windows has none
     import resource
 
-LIMITS = {"AS": 2**29, "FSIZE": 2**22, "NPROC": 0, "CORE": 0}  # bytes, bytes, threads, bytes
+LIMITS = {"AS": 2**29, "FSIZE": 2**22, "CORE": 0}  # bytes
 REFUSED = (
     *("os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.startfile", "os.system"),
-    *("ctypes.", "pty.", "signal.pthread_kill", "socket.", "subprocess."),
+    *("ctypes.", "pty.", "signal.pthread_kill", "socket.", "sqlite3.", "subprocess."),
 )
 CHANGES = (
     *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
@@ -67,6 +67,8 @@ def execute(code, seconds: float) -> None:
             status = 0
         except SystemExit as end:
             status = int(end.code not in (None, 0))
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()  # wait for what it has started
         atexit._run_exitfuncs()  # some programs print in one
         for stream in (sys.stdout, sys.__stdout__):
             with suppress(Exception):  # closed, or no file at all
@@ -134,5 +136,7 @@ if __name__ == "__main__":
     if sys.argv[1:]:  # a program and its seconds
         with open(sys.argv[1], encoding="utf-8") as source:
             text = source.read()
-        execute(compile(text, "program.py", "exec"), float(sys.argv[2]))
+        seconds = float(sys.argv[2])
+        del sys.argv[1:]  # a program has no arguments
+        execute(compile(text, "program.py", "exec"), seconds)
     work()

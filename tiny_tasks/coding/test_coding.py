@@ -64,6 +64,8 @@ def test_every_rule_is_the_first_that_fits_its_example(example):
         ("a ``b`` c ``d['`']``", "a ``b`` c ``[CODE]``"),
         ("It is 3 ` 4.", "It is 3 ` 4."),
         ("x = 1 here, with\n```\ny\n```", "x = 1 here, with\n```\n[CODE]\n```"),  # it has a fence
+        ("So: ```py\nx = 1\n```\nDone.", "So: ```py\n[CODE]\n```\nDone."),
+        ("b) ```\nx = 1\n```\nDone.", "b) ```\n[CODE]\n```\nDone."),
         ("def f(x):\n    '''Words.'''\n\nprint(f(1))", "[CODE]"),
         ("So:\n\n    x = 1\n    y = 2\n\nDone.", "So:\n\n    [CODE]\n\nDone."),
         ("", ""),
@@ -163,6 +165,8 @@ MISSES = {
     "a longer fence": "````md\n```\n[CODE]\n```\n````",
     "a fence in a list": "1. So\n   ```python\n   x\n   ```",
     "a fence in a quote": "> So\n> ```\n> x\n> ```",
+    "a fence after a word": "So: ```python\nx = 1\n```",
+    "a function beside a fence": "```\n[CODE]\n```\nand\n\ndef f(x):\n    return x",
     "line ends of Windows": "```\r\n[CODE]\r\nx\r\n```\r\n",
     "half a line": "```\n[CODE] + 1\n```",
     "a comment": "```python\n# count them\n[CODE]\n```",
@@ -259,6 +263,12 @@ PROGRAMS = {  # name: (program, whether it passes CUBE); {} is a path outside it
         True,
     ),
     "closes stdout when done": (RIGHT + "import sys\nsys.stdout.close()", True),
+    "in a thread": (
+        "import threading\ndef main():\n    print(int(input()) ** 3)\n"
+        "threading.Thread(target=main).start()",
+        True,
+    ),
+    "reads what is named": ("import fileinput\nprint(int(next(fileinput.input())) ** 3)", True),
     "wrong": ("print(int(input()) ** 2)", False),
     "only the first test": ("print(8)", False),
     "more than is asked": (RIGHT + "print('done')", False),

@@ -5,6 +5,7 @@ plan is the rest: what is looked up, in which order, and why.
 """
 
 import re
+from fractions import Fraction
 
 from smepo import VALUES, Domain, Span, number_value, stated
 from tiny_tasks.searching.dialogue import TOLD, converse
@@ -25,7 +26,7 @@ WORD = rf"""(?: (?<! [\w\]] ) (?= \w ) (?! [{LOWER}\d_] | {NO_NAME} ) \w+
     (?: ['’-] (?! s\b | [{LOWER}]{{5}} ) \w+ )* )"""  # Yun-ho, O'Neil, but Hindi-language
 FIGURES = r"(?: [$€£¥]? \d+ (?: [.,:/–−-] \d+ )* %? )"
 SMALL = "|".join(sorted(NUMERALS, key=len, reverse=True))
-LARGE = rf"""(?: (?: twen|thir|four?|fif|six|seven|eigh|nine ) (?: teen | t(?:y|ieth) ) |
+LARGE = rf"""(?: (?: twen|thir|fou?r|fif|six|seven|eigh|nine ) (?: teen | t(?:y|ieth) ) |
     (?: a | {SMALL} ) [ -] (?: hundred | thousand | million | billion ) )"""
 SPELLED = rf"""(?<! [\w\]] ) (?= [aefnostzAEFNOSTZ] )
     (?i: {LARGE} (?: (?: - | [ ]and[ ] | [ ] ) (?: {LARGE} | {SMALL} ) )* (?: th | s )? ) \b"""
@@ -35,7 +36,7 @@ VERB = r"(?: ['’]s?\b | [ ] (?: is|was|has|had|became|won|wrote|died|are|were|
 
 RULES = {  # an example: its pattern. The group `name` is hidden, `maybe` if it is known as a name
     "<search>": rf"</?[a-zA-Z][^<>\n]{{0,99}}> | {MASK}",
-    "Step 2": r"^[ \t]* \(?\d{1,2}[.)] | \b (?i: step | hop | doc ) [ ]? \d+",
+    "Step 2": r"^[ \t]* \(?\d{1,2}[.)](?!\d) | \b (?i: step | hop | doc ) [ ]? \d+",
     "Cities": rf"""(?= {WORD} ) {OPENING} (?! {SPELLED} ) (?P<maybe> \w [{LOWER}]* )
         (?! [\w-] | ['’]\w\w | {LINK} (?: {WORD} | \d ) | {VERB} )""",
     "9 March 1742": rf"""(?P<name> (?: {WORD} | {FIGURES} | {SPELLED} )
@@ -47,6 +48,13 @@ QUERY = re.compile(r"<search>([^<\n]+)|\bsearch\[([^\]\n]+)")
 CONCLUDED = r"(?:<answer>|[Ff]inish\[)\s*([^][<\s](?:[^][<\n]{0,200}[^][<\s])?)\s*(?:</answer>|\])"
 
 
+def value_of(text: str) -> Fraction | None:
+    """Of a number and nothing else: 12 Angry Men is a name, 9 March a date."""
+    if re.search(r"\d\W*[^\W\d]", text):
+        return None
+    return number_value(text)
+
+
 def answer_pattern(answer: str) -> str:
     """However the answer is written; yes, no and a letter only where no sentence goes on."""
     text = "" if re.search(MASK, answer) else re.sub(r"^(?i:an?|the)\s", "", answer.strip())
@@ -55,7 +63,7 @@ def answer_pattern(answer: str) -> str:
         after = r"(?:(?<=answer is )|(?<=[Oo]ption )|(?<=[Cc]hoice ))"
         return rf"{after}{verdict}\b|{START}{verdict}\b(?!['’-]| [\w\[])"
     words = r"\W{1,3}".join(re.findall(r"\w+", text)) or "(?!)"
-    value = number_value(text)
+    value = value_of(text)
     if value in range(13):
         first = 2 * int(value)
         words = "|".join([str(value), *NUMERALS[first : first + 2]])
@@ -92,11 +100,11 @@ def plain_words(text: str) -> list[str]:
 
 
 def is_right(given: str, truth: str) -> bool:
-    value = number_value(truth)
+    value = value_of(truth)
     if given == "":
         return False
     if value is not None:
-        return number_value(given) == value
+        return value_of(given) == value
     return plain_words(given) == plain_words(truth)
 
 
@@ -133,13 +141,13 @@ def visible_values(masked: str) -> set:
 def search_leaks(masked: str, answer: str) -> bool:
     """Would the verifier accept what stands anywhere in the text?"""
     masked = re.sub(r"\[(?:ENTITY|ANSWER)\]", "[]", masked)
-    wanted, value = " ".join(plain_words(answer)), number_value(answer)
+    wanted, value = " ".join(plain_words(answer)), value_of(answer)
     if re.fullmatch("yes|no", wanted):
         return concludes(masked, f"(?i:{wanted})")
     if re.fullmatch("[a-e]", answer.strip().casefold()):
         return concludes(masked, answer.strip().upper())
     if value is not None:
-        return value in visible_values(masked)
+        return bool({value, -value} & visible_values(masked))
     visible = plain_words(masked.replace("[]", " _ "))
     return wanted != "" and f" {wanted} " in f" {' '.join(visible)} "
 

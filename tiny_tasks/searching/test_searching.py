@@ -78,6 +78,8 @@ def test_every_rule_is_the_first_that_fits_its_example(example):
         ("search[lena roe born] by Lena Roe", "search[[ENTITY] [ENTITY] born] by [ENTITY]"),
         ("Action: finish[no idea]", "Action: finish[[ANSWER]]"),
         ("<answer> a red fox </answer>", "<answer> [ANSWER] </answer>"),
+        ("It has forty-two bells.", "It has [ENTITY] bells."),
+        ("3.5 million people", "[ENTITY] million people"),
         ("", ""),
     ],
 )
@@ -133,6 +135,7 @@ def test_a_letter_is_hidden_where_it_concludes(phrase, letter):
         ("the third of three", "3"),
         ("in the year [1988] and finish[1988]", "1988"),
         ("It has 1,250 rooms.", "1250"),
+        ("It is 7 up, the drink.", "7 Up"),
         ("It has twenty-three bells.", "23"),
         ("on 9 March 1742, that is March 9, 1742", "9 March 1742"),
         ("red squirrels and Red-squirrel", "red squirrel"),
@@ -244,6 +247,7 @@ def test_masking_takes_linear_time(piece):
         ("Option B is correct", "B"),
         ("ANS: so the answer is (B).", "b"),
         ("by 李白", "李白"),
+        ("at -5 degrees", "-5"),
     ],
 )
 def test_the_leak_check_finds_what_a_mask_could_miss(text, answer):
@@ -259,6 +263,7 @@ def test_the_leak_check_finds_what_a_mask_could_miss(text, answer):
         ("there is no such film, so no one can say", "no"),
         ("see a bee, or option A", "B"),
         ("it has 12500 rooms", "1250"),
+        ("a bill of 12 pages", "12 Angry Men"),
         ("in the harbor of silver [ENTITY] harbor", "silver harbor"),
         ("", "Trieste"),
         ("words", ""),
@@ -279,6 +284,9 @@ def test_the_leak_check_keeps_quiet_about_a_plan(text, answer):
         ("<answer>Beatles</answer>", "The Beatles!", True),
         ("<answer>1,250</answer>", "1250", True),
         ("<answer>twelve</answer>", "12", True),
+        ("<answer>9 April</answer>", "9 March", False),
+        ("<answer>50</answer>", "50 Cent", False),
+        ("<answer>12 angry men</answer>", "12 Angry Men", True),
         ("<answer>The</answer>", "The", True),
         ("<answer>?</answer>", "?", True),
         ("<answer>a</answer>", "The", False),
