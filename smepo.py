@@ -279,9 +279,9 @@ def set_guide(p: Problem, guide: str, config: Config) -> None:
     p.leaky = leaks(p.guide, p.answer, config.domain)
 
 
-def load_problems(path: str, guide: str, tokenizer, config: Config) -> list[Problem]:
+def load_problems(path: str, guide: str, tokenizer, config: Config, split="train"):
     """The problems of a file, with what the policy will be shown of their traces."""
-    problems, prompts = read_problems(path, guide, config), []
+    problems, prompts = read_problems(path, guide, config, split), []
     for p in problems:
         set_guide(p, guide, config)
         for text in "", p.guide:
@@ -647,7 +647,7 @@ def train(config: Config) -> Path:
     folder = open_run(config)
     model, tokenizer = load_model(config.model, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
-    tests = load_problems(config.test_data, "none", tokenizer, config)
+    tests = load_problems(config.test_data, "none", tokenizer, config, split="test")
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     done = restore(folder, model, optimizer, config)
     if done == 0:
@@ -713,7 +713,7 @@ def read_rows(path: str, split: str) -> list[dict]:
         else:
             name = [path] if Path(path).exists() else path.split(":")
             splits = datasets.load_dataset(*name)
-        rows = splits[split] if split in splits else next(iter(splits.values()))
+        rows = splits.get(split, [*splits.values()][-1])  # without a test split, the last
         return [flatten(row) for row in rows]
 
 
@@ -725,14 +725,14 @@ def flatten(row: dict) -> dict:
     return row
 
 
-def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
-    rows = read_rows(path, "train" if path == config.data else "test")
+def read_problems(path: str, guide: str, config: Config, split="train") -> list[Problem]:
+    rows = read_rows(path, split)
     columns = choose_columns(rows[0] if rows else [], config)
     found = {"question": "none", "trace": "none", "answer": "stated by the trace"} | columns
     domain = find_domain(config.domain)
     print(f"{path}:", ", ".join(f"{part}: {found[part]}" for part in COLUMNS))
     needed = ["question", "answer"]
-    if guide != "none" or (config.expert_coef and path == config.data):
+    if guide != "none" or (config.expert_coef and split == "train"):
         needed.append("trace")
     problems = []
     for number, row in enumerate(rows, start=1):
@@ -748,13 +748,14 @@ def read_problems(path: str, guide: str, config: Config) -> list[Problem]:
 
 
 def as_text(value) -> str:
-    """Chat messages become one text; a number, or unit tests, JSON."""
+    """Chat messages, or texts, become one text; a number, or unit tests, JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        turns = [turn.get("content") or "" for turn in value if isinstance(turn, dict)]
-        return "\n\n".join(turns)
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+        return "\n\n".join(map(as_text, value))
+    if isinstance(value, dict) and "content" in value:
+        return as_text(value["content"])
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def load_model(path: str | Path, config: Config):
@@ -922,24 +923,25 @@ NUMERALS = VALUES | {word: n for n, word in enumerate(ORDINALS, start=1)}
 BRACED = r"[^{}]"  # what may stand between braces, themselves balanced, five deep
 for _ in range(4):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}*\}})"
+INNERMOST = r"(?!\\f?boxed|answer(?:[ ]is|:))"  # of <answer>\boxed{5}</answer> it is the box
 STATED = re.compile(
-    rf"""(?i) \\f?boxed \s? \{{ ({BRACED}*) \}}
-    | <answer> ([^<]*)
+    rf"""(?i) \\f?boxed \s? \{{ {INNERMOST} ({BRACED}*) \}}
+    | <answer> ( (?: {INNERMOST} [^<] )* )
     | (?: \#\#\#\# | answer(?:[ ]is:?|:) (?!\W*(?:in)?correct) )  # "the answer is correct"
-      [\s*]* ( (?: [^\n<.\\] | \.(?!\s|$) | \\(?!f?boxed) )* )  # up to the full stop
+      [\s*]* ( (?: {INNERMOST} (?: [^\n<.] | \.(?!\s|$) ) )* )  # up to the full stop
     """,
     re.VERBOSE,
 )
 SYMBOLS = {"-": "−", r"\pi": "π", r"\sqrt": "√", r"\infty": "∞"}
 TYPESETTING = [
-    (r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right|displaystyle)|\\[,!;: ]|\\?\$|\^\{?\\circ\}?|°|\*\*", ""),
+    (r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:left|right|displaystyle)|(?<!\\)\\[,!;: ()]|\\?\$|\^\{?\\circ\}?|°|\*\*", ""),
     (r"\\[dtc]frac", r"\\frac"),
 ]
 COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"  # 12,480, 12,\!480, 12{,}480, 12\,480
 TIMES_TEN_TO = r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?"
-SCALE = "|".join(SCALES)
-UNIT = rf"(?<=[\d}}])(?:\s+(?!{SCALE}|or\b)[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
+NO_UNIT = f"(?:{'|'.join(NUMERALS)}|trillion|halve|or|and|not|plus|minus|times|pi|squared)s?\\b"
+UNIT = rf"(?<=[\d}}])(?:\s+(?!{NO_UNIT})[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
 NUMBER_FORMS = [
     (r"^[a-z]\w*\s*=|\\?%$", ""),  # x = 5; 50% is 50
     (UNIT, ""),
@@ -993,11 +995,11 @@ def number_value(text: str) -> Fraction | None:
     text = plain(text).casefold()
     if len(text) > 100:  # no number; some patterns below are slow on long texts
         return None
-    words = re.split(r" and |\b[ -]+", text)
+    words = re.split(r" and |[ -]", text)
     if NUMERALS.keys() >= set(words):
         return spelled_value(words)
     text = replace_all(text, NUMBER_FORMS)
-    if not re.fullmatch(r"(?:[-+]?\d+ +(?=-?\d+/))?[-+]?[\d.]+(?:/\d+|e-?\d{1,3})?", text):
+    if not re.fullmatch(r"(?:[-+]?\d+ +(?=-?\d+/))?[-+]?[\d.]+(?:/\d+|e[-+]?\d{1,3})?", text):
         return None
     try:
         return Fraction(sum(map(Fraction, text.split())))
@@ -1152,7 +1154,7 @@ LABELS = re.compile(
       |section|solution|method|problem|question|example|figure|table|eq|equation)
       (?:s\ (?:\(?\d+\)?(?:,|\ and|\ to|\ or|[-–])\ ?)*|[ .~_\#-]{0,3})
       \(?(?:[\d.]*\d|one|two|three|four|five)
-    | ^[ \t>*\#_-]{0,9}\(?\d{1,2}(?:\.\d+)*[.):]?[*_]*\s | \(\d{1,2}\)
+    | ^[ \t>*\#_-]{0,9}(?:\(?\d{1,2}(?:\.\d+)*[.):]|(?<=\#\ )[\d.]+)[*_]*\s | \(\d{1,2}\)
     | _(?:\{[^{}]{0,20}\}|\d+|\w) | (?<=[a-z])[₀-₉]+
     | \\(?:tag|label|(?:eq)?ref|phantom|[hv]space)\*?\{[^{}]*\}
     """,

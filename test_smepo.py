@@ -239,6 +239,7 @@ TRL = {
     "ground_truth": "2",
 }
 UNLIKE = [GOOD, GOOD | {"reward_model": {"ground_truth": "3", "index": 1}}]
+PARTS = [{"role": "user", "content": ["Be brief.", {"type": "text", "content": "1 + 1?"}]}]
 TESTS = {"inputs": ["1\n"], "outputs": ["2\n"]}
 
 
@@ -258,9 +259,14 @@ TESTS = {"inputs": ["1\n"], "outputs": ["2\n"]}
         ),
         (MATH | {"answer": "0.5", "long": "So."}, "trace=long", ("Halve 1.", "So.", "0.5")),
         (GOOD | {"reward_model": {"ground_truth": 0}}, "", (*list(GOOD.values())[:2], "0")),
+        (
+            {"question": PARTS, "trace": ["It is 2.", "So 2."], "answer": ["3"]},
+            "",
+            ("Be brief.\n\n1 + 1?", "It is 2.\n\nSo 2.", "3"),
+        ),
         (GOOD | {"reward_model": {"ground_truth": TESTS}}, "", (*list(GOOD.values())[:2], TESTS)),
     ],
-    ids="toy official GSM8K MATH OpenR1 TRL mine one-of-mine zero tests".split(),
+    ids="toy official GSM8K MATH OpenR1 TRL mine one-of-mine zero lists tests".split(),
 )
 def test_columns_of_the_usual_data_sets_are_found(tmp_path, capsys, row, columns, expected):
     path = write_rows(tmp_path / "rows.jsonl", [row] * 2)
@@ -293,11 +299,6 @@ def test_bad_rows_are_named_by_their_line(tmp_path, capsys, bad, message):
     assert f"bad.jsonl {message}" in refused(capsys, flags(small(tmp_path, data=data)))
 
 
-def test_a_column_of_another_type_is_refused(tmp_path, capsys):
-    data = write_rows(tmp_path / "bad.jsonl", [GOOD | {"teacher_ds": ["Step 1", "Step 2"]}] * 2)
-    assert "bad.jsonl" in refused(capsys, flags(small(tmp_path, data=data)))
-
-
 def test_a_row_needs_a_trace_only_where_the_arm_does(tmp_path, base):
     path = write_rows(tmp_path / "bare.jsonl", [GOOD | {"teacher_ds": None}] * 2)
     config = settings(data=path)
@@ -307,8 +308,8 @@ def test_a_row_needs_a_trace_only_where_the_arm_does(tmp_path, base):
     config.expert_coef = 0.1  # its loss is on the traces
     with pytest.raises(UserError, match="no trace"):
         smepo.load_problems(path, "none", base[1], config)
-    config.data = "another.jsonl"  # but what is held out is never shown one
-    assert len(smepo.load_problems(path, "none", base[1], config)) == 2
+    # but what is held out is never shown one
+    assert len(smepo.load_problems(path, "none", base[1], config, "test")) == 2
 
 
 @pytest.mark.parametrize(
@@ -335,11 +336,10 @@ def test_parquet_and_folders_load_like_jsonl(tmp_path, base):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_rows(folder / "test.jsonl", lines)  # it may have one split,
-    held_out = settings(test_data=str(folder))
-    assert smepo.load_problems(str(folder), "semantic", base[1], held_out) == expected
+    held_out = {"guide": "semantic", "tokenizer": base[1], "config": config, "split": "test"}
+    assert smepo.load_problems(str(folder), **held_out) == expected
     write_rows(folder / "train.jsonl", rows("train", 9))  # or both
-    assert smepo.load_problems(str(folder), "semantic", base[1], held_out) == expected
-    config.data = str(folder)
+    assert smepo.load_problems(str(folder), **held_out) == expected
     assert len(smepo.load_problems(str(folder), "semantic", base[1], config)) == 9
 
 
@@ -1093,6 +1093,17 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
         (r"\boxed{1} #### 16", "16", 1.0),
         (r"The answer is 16. \boxed{17}", "16", 0.0),
         (r"\boxed{16", "16", 0.0),
+        (r"<answer>\boxed{5}</answer>", "5", 1.0),
+        (r"\boxed{\boxed{5}}", "5", 1.0),
+        ("Final Answer: The final answer is $5$. I hope it is correct.", "5", 1.0),
+        (r"\boxed{5\,\mathrm{cm}}", "5", 1.0),
+        (r"The answer is \(5\).", "5", 1.0),
+        (r"\boxed{\binom{1}{2} \\ -2}", r"\binom{1}{2}\\-2", 1.0),
+        (r"\boxed{10000000000000000}", "1e+16", 1.0),
+        (r"\boxed{twenty - one}", "21", 0.0),
+        ("The answer is 5 and six.", "5", 0.0),
+        ("The answer is 3 tenths.", "3", 0.0),
+        ("The answer is 5 pi.", "5", 0.0),
         ("**Answer:** Thursday", "thursday", 1.0),
         ("The answer is no.", "yes", 0.0),
     ],
@@ -1278,6 +1289,7 @@ def test_math_takes_linear_time_whatever_the_text():
         ("so x is 0.5", r"\frac12", True),
         ("half of it", "1/2", True),
         ("so it is forty-two", "42", True),
+        ("We get:\n42 is it", "42", True),
         ("so it is 42.0", "42", True),
         ("that is 1,234 or 1{,}234", "1234", True),
         ("it is [NUMBER] - 17 floors", "-17", True),

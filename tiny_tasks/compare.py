@@ -117,7 +117,7 @@ def means(row: dict[str, list[float]]) -> dict[str, float]:
 def measure(run: Run, folder: Path, config: smepo.Config) -> None:
     """What the policy can do at the end, and how much it leans on the trace."""
     model, tokenizer = smepo.load_model(folder / "checkpoint", config)
-    problems = smepo.load_problems(config.test_data, "semantic", tokenizer, config)
+    problems = smepo.load_problems(config.test_data, "semantic", tokenizer, config, "test")
     torch.manual_seed(config.seed)
     table = smepo.evaluate(model, tokenizer, problems, config)
     run.final = {name: means(table[name]) for name in ("pass@1", "pass@8")}

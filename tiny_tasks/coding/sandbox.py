@@ -1,6 +1,7 @@
 """The process that runs a program: no environment, a temporary working folder, limits on time,
-memory and output, and a hook that refuses what no solution in plain Python needs. This contains the accidents of a
-model that learns to write programs; against an attacker, put all of it in a container.
+memory and output, and a hook that refuses what no solution in plain Python needs. This contains
+the accidents of a model that learns to write programs; against an attacker, put all of it in a
+container.
 
 judge.py starts this file as a script, in one of two ways. Given a program, it runs that. Else it
 is a worker: one run a line on stdin, what was printed a line on stdout, and each run is a fork of
