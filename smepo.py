@@ -269,8 +269,12 @@ def build_messages(question: str, guide_text: str = "", system: str = "") -> lis
 def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "") -> str:
     messages = build_messages(question, guide_text, system)
     roles = ", ".join(message["role"] for message in messages)
+    settings = {"tokenize": False, "add_generation_prompt": True}
     with blaming(f"the model's chat template refuses {roles}"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages, **settings)
+    if question.strip() not in prompt or guide_text.strip() not in prompt:
+        raise UserError("the model's chat template drops a part of the question or of the guide")
+    return prompt
 
 
 def set_guide(p: Problem, guide: str, config: Config) -> None:
@@ -435,6 +439,9 @@ def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, T: int) 
     (ids, mask, at), row = inputs[..., :-T].unique(dim=1, return_inverse=True)  # (B, P-1)
     settings = {"use_cache": True, "logits_to_keep": 1}
     cache = model(ids, attention_mask=mask, position_ids=at, **settings).cache
+    if any("LinearAttention" in type(layer).__name__ for layer in cache.layers):
+        ids, mask, at = inputs  # a recurrent state has no keys to share
+        return model(ids, attention_mask=mask, position_ids=at, logits_to_keep=T).logits
     cache.batch_select_indices(row)  # each row gets the keys and values of its prompt
     ids, _, at = inputs[..., -T:]  # (N, T)
     return model(ids, attention_mask=inputs[1], position_ids=at, cache=cache).logits
@@ -693,6 +700,9 @@ COLUMNS = {  # as data sets call them: the first that is there and is not taken 
 def choose_columns(names, config: Config) -> dict[str, str]:
     """{"question": its column, "trace": ..., "answer": ...} of those found."""
     columns = dict(pair.split("=", 1) for pair in config.columns)
+    for part, column in columns.items():
+        if part != "trace" and column not in names:  # held-out problems need no trace
+            raise UserError(f"--columns {part}={column}: there are {', '.join(names)}")
     for part, usual in COLUMNS.items():
         free = [name for name in usual if name in names and name not in columns.values()]
         if free:
@@ -1215,7 +1225,9 @@ def parse(arguments: list[str]) -> Config:
         raise UserError(f"unknown flag {rest[0]}: --help lists them all")
     if given.resume:
         path = run_folder(given) / "config.json"
-        parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
+        with blaming(f"--resume cannot read {path}"):
+            before = Config(**json.loads(path.read_text(encoding="utf-8")))
+        parser.set_defaults(**asdict(before))
         given = parser.parse_args(arguments)
     return Config(**vars(given))
 

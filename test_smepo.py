@@ -82,6 +82,10 @@ def test_flags_of_a_resumed_run_are_checked_beside_its_own_settings():
     Path("runs/mine/config.json").write_text(text, encoding="utf-8")
     expected = dataclasses.replace(config, mini_batches=3, resume=True)  # of 16, 3 is no divisor
     assert smepo.parse(["--resume", "--mini_batches", "3"]) == expected
+    for broken in ('{"steps": 3', '{"epochs": 3}', "[]"):
+        Path("runs/mine/config.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(UserError, match="--resume cannot read runs.mine.config.json"):
+            smepo.parse(["--resume"])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +280,15 @@ def test_columns_of_the_usual_data_sets_are_found(tmp_path, capsys, row, columns
         assert (p.question, p.trace, answer) == expected
         assert p.difficulty == "all"
     assert capsys.readouterr().out.startswith(f"{path}: question: ")
+
+
+def test_a_column_that_is_not_there_is_refused(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [GSM8K])
+    config = settings(data=path, columns=["answer=anser", "trace=why"])
+    with pytest.raises(UserError, match="--columns answer=anser: there are question, answer"):
+        smepo.read_problems(path, "semantic", config)
+    config.columns = ["trace=why"]  # held-out problems need none
+    assert smepo.read_problems(path, "none", config)[0].trace == ""
 
 
 def test_rows_may_differ_in_what_is_nested(tmp_path):
@@ -546,7 +559,7 @@ def test_sharing_prompts_changes_neither_logits_nor_gradients(name):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "lfm2"])
 def test_logprobs_under_unequal_left_padding_equal_unpadded_forwards(name, temperature):
     """Rotary and absolute positions alike, a window, rescaled logits: padding shifts nothing."""
     model = random_model(name)
@@ -874,7 +887,7 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
     assert read_log("runs/other/metrics.jsonl") != [before, *steps]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "lfm2"])
 def test_other_architectures_train_and_their_checkpoints_load(tmp_path, base, name):
     model = saved(tmp_path / name, random_model(name, len(base[1])), base[1])
     config = small(tmp_path, model=model, expert_coef=0.1, learning_rate=1e-2, steps=2)

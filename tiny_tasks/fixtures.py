@@ -21,6 +21,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -194,6 +196,9 @@ def random_model(name: str, vocabulary: int = 23):
     if name == "gemma2":
         caps = {"final_logit_softcapping": 0.5, "sliding_window": 4, "query_pre_attn_scalar": 8}
         return Gemma2ForCausalLM(Gemma2Config(**size, **ids, **caps)).eval()
+    if name == "lfm2":  # some of its layers have a state in place of keys
+        layers = ["conv", "full_attention"]
+        return Lfm2ForCausalLM(Lfm2Config(**size, **ids, layer_types=layers)).eval()
     return LlamaForCausalLM(LlamaConfig(**size, **ids)).eval()
 
 

@@ -228,6 +228,16 @@ def test_a_chat_template_that_refuses_a_guide_is_refused_in_one_line(tmp_path, c
     assert smepo.build_prompt(fresh_base[1], "1 + 1?") == "1 + 1?"  # GRPO shows none
 
 
+def test_a_chat_template_that_drops_a_part_of_the_guide_is_refused(fresh_base):
+    tokenizer = fresh_base[1]
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    assert smepo.build_prompt(tokenizer, "1 + 1?", "It is 2.").endswith("It is 2.")
+    with pytest.raises(UserError, match="drops a part of the question or of the guide"):
+        smepo.build_prompt(tokenizer, "1 + 1?", "<think>Add.</think> It is 2.")
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     message = refused(capsys, flags(small(tmp_path, model=str(tmp_path / "empty"))))
