@@ -1152,6 +1152,7 @@ def test_every_rule_acts_on_its_example(rule):
         ("case 3 gives 9", "case 3 gives [NUMBER]"),
         ("the worst case 17 draws", "the worst case [NUMBER] draws"),
         ("each step 18 cm", "each step [NUMBER] cm"),
+        ("in this case 18 is left", "in this case [NUMBER] is left"),
         ("the part 45/72", "the part [NUMBER]/[NUMBER]"),
         ("1. Let x_1 be 4.", "1. Let x_1 be [NUMBER]."),
         ("## 2.1 Counting 7", "## 2.1 Counting [NUMBER]"),
