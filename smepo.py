@@ -1060,8 +1060,8 @@ DOTTED = r"\d{1,3}(?:\.\d{1,3}){0,3}"  # 4.2
 ID = rf"\(?(?:[A-Z]\.)?(?:{DOTTED}|{any_of(UNITS[1:10])})(?!\d|[.,]\d|\s?(?:[=^+<>%×·*/]|\\[ct]))"
 IDS = rf"""(?:\.?[ ~_-]?\#?{ID}
     |s[ ~]{ID}(?:(?:,?\ (?:and|or|to)\ |,\ |[-–]){ID}){{0,9}})"""  # Case 1; Cases 1, 2 and 3
-NO_LABEL = r"(?:(?<=this\ )|(?<=that\ )|(?<=which\ )|(?<=each\ ))"  # "in this case 17 is left"
 COUNTS = r"(?:\ ?[-+]|\ (?:of|[ckm]?[mgl]|(?!is|has|gives)[a-z]+s)\b)"  # "case 17 draws"
+LABEL = r"(?<!this\ )(?<!that\ )(?<!which\ )(?<!each\ )(?:step|case|part|equation)"
 ITEM = rf"(?:\(\d{{1,2}}\)|{DOTTED}[.):]|(?<=\#\ ){DOTTED})"  # (1), 1., 1.2), ## 2.1
 NAME = r"(?:(?<!\\)[A-Za-zα-ω]\}?|\\(?!log|int|sum|prod|lim)[A-Za-z]+)'{0,3}"
 THE = r"(?:(?<=[Tt]he\ )|(?<=[Tt]hese\ )|(?<=[Tt]hose\ ))"
@@ -1074,7 +1074,7 @@ DECIMAL = rf"(?:\d+(?:{COMMA}\d{{3}}(?!\d))*(?:\.\d+)?|\.\d+)"
 RULES = [
     Rule("keep", "[NUMBER]", MASK),
     Rule("keep", "Theorem 4.2", rf"{TITLE}{IDS}"),
-    Rule("keep", "by cases 1 and 2", rf"(?!{NO_LABEL})(?:step|case|part|equation){IDS}(?!{COUNTS})"),
+    Rule("keep", "by cases 1 and 2", rf"{LABEL}{IDS}(?!{COUNTS})"),
     Rule("keep", "from (1)", r"(?:from|in|into|and|with|by|via|see|of|\w{2,9}ing)\ \(\d{1,2}\)"),
     Rule("keep", "1. Let", rf"^[\ \t>*_\#-]{{0,9}}{ITEM}(?=\**[\ \t]+\S)"),
     Rule("keep", "x_1", rf"{NAME}(?:_(?:\d+|\{{[\w+*,\ -]{{1,20}}\}})|[₀-₉]+)"),
