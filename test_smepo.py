@@ -222,11 +222,11 @@ def test_problems_carry_their_prompts_as_the_template_writes_them(tmp_path, base
     (p,) = smepo.load_problems(path, "semantic", base[1], settings(data=path))
     assert (p.answer, p.difficulty, p.leaky) == ("2", "5", False)
     assert p.guide == "Step 1: [NUMBER] + [NUMBER] = [NUMBER].\nThe answer is [NUMBER]."
-    plain, guided = base[1].batch_decode([p.prompt_ids, p.guided_ids])
+    plain, guided = base[1].batch_decode([p.question_ids, p.guided_ids])
     assert plain == smepo.build_prompt(base[1], GOOD["question"])
     assert guided == smepo.build_prompt(base[1], GOOD["question"], p.guide)
     (unguided,) = smepo.load_problems(path, "none", base[1], settings(data=path))
-    assert unguided.guide == "" and unguided.guided_ids == unguided.prompt_ids == p.prompt_ids
+    assert unguided.guide == "" and unguided.guided_ids == unguided.question_ids == p.question_ids
 
 
 GSM8K = {"question": "Two and 70?", "answer": "Add: 2 + 70 = <<2+70=72>>72.\n#### 72"}
@@ -379,10 +379,10 @@ def test_completions_end_with_one_eos_and_padding_goes_by_position():
     assert smepo.until_eos([5, 6, 2, 2, 2], [2]) == [5, 6, 2]
     assert smepo.until_eos([5, 9, 2, 0], [2, 9]) == [5, 9]  # several EOS ids: the first counts
     assert smepo.until_eos([5, 6, 7], [2]) == [5, 6, 7]  # truncated
-    ids, mask = smepo.pad([[2, 5, 2], [2]], 2, "right", "cpu")  # the pad token is a real one, too
-    assert ids.tolist() == [[2, 5, 2], [2, 2, 2]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    ids, mask = smepo.pad([[2, 5, 2], [7]], 2, "left", "cpu")
-    assert ids.tolist() == [[2, 5, 2], [2, 2, 7]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    ids, mask = smepo.pad([[0, 5, 0], [0]], "right", "cpu")  # the pad token is a real one, too
+    assert ids.tolist() == [[0, 5, 0], [0, 0, 0]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = smepo.pad([[2, 5, 2], [7]], "left", "cpu")
+    assert ids.tolist() == [[2, 5, 2], [0, 0, 7]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -424,7 +424,7 @@ def test_rollouts_carry_what_was_sampled_and_are_rewarded_in_one_call(base, monk
     rollouts = smepo.rollout(*base, [p, p, q, q], guided, settings(domain="mine"))
     whole = tokenizer.batch_decode([[20], [22]])
     assert calls == [([whole[0], "", whole[1], ""], ["16", "16", "17", "17"])]
-    assert prompts == [p.guided_ids, p.prompt_ids, q.guided_ids, q.prompt_ids]
+    assert prompts == [p.guided_ids, p.question_ids, q.guided_ids, q.question_ids]
     assert [r.prompt_ids for r in rollouts] == prompts and [r.guided for r in rollouts] == guided
     assert [r.problem for r in rollouts] == [p, p, q, q]
     assert [r.ids for r in rollouts] == [[20, eos], [21], [22, eos], [23, 24]]
@@ -460,7 +460,7 @@ def test_a_group_is_guided_as_one(base):
     expected = [smepo.shows_guide(p, 3, config) for p in problems for _ in range(4)]
     assert [r.guided for r in rollouts] == expected and 0 < sum(expected) < 32
     for r in rollouts:
-        assert r.prompt_ids == (r.problem.guided_ids if r.guided else r.problem.prompt_ids)
+        assert r.prompt_ids == (r.problem.guided_ids if r.guided else r.problem.question_ids)
 
 
 def test_a_problem_without_a_guide_is_never_guided(base):
@@ -532,8 +532,8 @@ COMPLETIONS = [[11, 2], [12, 13, 14, 2], [4, 4, 4], [15], [2]]
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask: prompts on the left, completions on the right. (5, 5 + 4)"""
-    prompts, prompt_mask = smepo.pad(PROMPTS, 0, "left", "cpu")
-    completions, mask = smepo.pad(COMPLETIONS, 0, "right", "cpu")
+    prompts, prompt_mask = smepo.pad(PROMPTS, "left", "cpu")
+    completions, mask = smepo.pad(COMPLETIONS, "right", "cpu")
     return torch.cat([prompts, completions], 1), torch.cat([prompt_mask, mask], 1)
 
 
@@ -665,7 +665,7 @@ def test_micro_batch_size_does_not_change_the_gradient(fresh_base, aggregation):
     whole = gradient_of(fresh_base, rollouts, micro_batch=100, aggregation=aggregation)
     assert whole.abs().max() > 1e-3
     for size, counts in ((1, [1] * 8), (3, [3, 3, 2]), (100, [8])):
-        batches = smepo.micro_batches(rollouts, 0, "cpu", settings(micro_batch=size))
+        batches = smepo.micro_batches(rollouts, "cpu", settings(micro_batch=size))
         assert [len(batch.advantages) for batch in batches] == counts
         assert sum(batch.share for batch in batches) == pytest.approx(8 / 12)
         part = gradient_of(fresh_base, rollouts, micro_batch=size, aggregation=aggregation)
@@ -1128,17 +1128,26 @@ def test_reward(completion, truth, expected):
 # ---- Math: what is hidden ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", smepo.RULES, ids=[rule.example for rule in smepo.RULES])
-def test_every_rule_acts_on_its_example(rule):
-    others = [other.pattern for other in smepo.RULES if other is not rule]
+RULES = {}  # example: (action, pattern)
+for action, body in re.findall(r"\(\?P<(\w+)>\n(.*?)\n    \)", smepo.RULES.pattern, re.DOTALL):
+    for pattern, example in re.findall(r"^ {6}[ |] ((?s:.+?))  # (.+)$", body, re.MULTILINE):
+        RULES[example] = action, pattern
+
+
+@pytest.mark.parametrize("example", RULES)
+def test_every_rule_acts_on_its_example(example):
+    action, pattern = RULES[example]
+    others = [other for _, other in RULES.values() if other != pattern]
     flags = re.VERBOSE | re.MULTILINE
-    assert re.search(rule.pattern, rule.example, flags)
-    text = f"so\n{rule.example}"
+    assert len(RULES) == smepo.RULES.pattern.count("  # ") - 1 and re.search(
+        pattern, example, flags
+    )
+    text = f"so\n{example}"
     masked = smepo.mask_trace(text, "math", "none")
-    assert (masked == text) == (rule.action in ("keep", "equal"))
-    if rule.action == "keep":  # nothing else would keep it
+    assert (masked == text) == (action in ("keep", "equal"))
+    if action == "keep":  # nothing else would keep it
         rest = re.compile("|".join(others) + "|[A-Za-z]+", flags)
-        assert rule.pattern == smepo.MASK or any(
+        assert pattern == smepo.MASK or any(
             re.search(r"\d", match[0]) for match in rest.finditer(text)
         )
 

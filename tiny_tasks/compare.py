@@ -134,15 +134,15 @@ def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> fl
     guided = [replace(rollout, advantage=1.0) for rollout in rollouts if rollout.reward]
     if not guided:
         return None
-    alone = [replace(rollout, prompt_ids=rollout.problem.prompt_ids) for rollout in guided]
-    sums = [total_logprob(model, part, tokenizer.pad_token_id, config) for part in (guided, alone)]
+    alone = [replace(rollout, prompt_ids=rollout.problem.question_ids) for rollout in guided]
+    sums = [total_logprob(model, part, config) for part in (guided, alone)]
     return (sums[0] - sums[1]) / len(guided)
 
 
 @torch.no_grad()
-def total_logprob(model, rollouts: list[smepo.Rollout], pad_id: int, config) -> float:
+def total_logprob(model, rollouts: list[smepo.Rollout], config) -> float:
     total = 0.0
-    for batch in smepo.micro_batches(rollouts, pad_id, model.device, config):
+    for batch in smepo.micro_batches(rollouts, model.device, config):
         total += (smepo.score(model, batch, config) * batch.sampled).sum().item()
     return total
 

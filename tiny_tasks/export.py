@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 import datasets
-from tqdm import tqdm
 
 import smepo
 from tiny_tasks.toys import to_jsonl
@@ -39,13 +38,6 @@ def to_verl(messages: list[dict], problem: smepo.Problem, domain: str, index: in
 FORMATS = {"trl": to_trl, "verl": to_verl}
 
 
-def guided_problems(config: smepo.Config) -> list[smepo.Problem]:
-    problems = smepo.read_problems(config.data, config.guide, config)
-    for p in tqdm(problems):
-        smepo.set_guide(p, config.guide, config)
-    return problems
-
-
 def write(rows: list[dict], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with smepo.replacing(out) as new:
@@ -67,7 +59,7 @@ def main(arguments: list[str]) -> None:
     if given.out.suffix not in (".jsonl", ".parquet"):
         raise smepo.UserError(f"--out {given.out}: it must end in .jsonl or .parquet")
     config = smepo.parse(rest)
-    problems = guided_problems(config)
+    problems = smepo.read_problems(config.data, config.guide, config)
     rows = []
     for index, problem in enumerate(problems):
         if given.leaks == "keep" or not problem.leaky:

@@ -143,7 +143,7 @@ def make_group(base, rewards: list[float], guided: bool = True) -> list[Rollout]
     p, group = problem(base), []
     for i, reward in enumerate(rewards):
         ids = torch.randint(10, 60, (3 + 2 * i,)).tolist() + [base[1].eos_token_id]
-        prompt = p.guided_ids if guided else p.prompt_ids
+        prompt = p.guided_ids if guided else p.question_ids
         text = base[1].decode(ids)
         group.append(Rollout(p, guided, prompt, ids, [1] * len(ids), text, True, reward))
     return group

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,8 +89,8 @@ def batches(toy, tokenizer, rng: random.Random, size: int, told=None) -> Iterato
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         for part in rng.sample(parts, len(parts)):
             ids, labels = zip(*part, strict=True)
-            ids, mask = smepo.pad(ids, tokenizer.pad_token_id, "right", "cpu")
-            labels, _ = smepo.pad(labels, -100, "right", "cpu")
+            ids, mask = smepo.pad(ids, "right", "cpu")
+            labels = pad_sequence([torch.tensor(row) for row in labels], True, -100)
             yield ids, mask, labels
 
 

@@ -71,11 +71,11 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
 
 
 @torch.no_grad()
-def logprobs(model, tokenizer, rollouts: list[Rollout], config) -> list[list[float]]:
+def logprobs(model, rollouts: list[Rollout], config) -> list[list[float]]:
     scored = []
     for r in rollouts:
         one = [replace(r, advantage=1.0)]  # with 0 it would be left out
-        (batch,) = smepo.micro_batches(one, tokenizer.pad_token_id, model.device, config)
+        (batch,) = smepo.micro_batches(one, model.device, config)
         scored += (smepo.score(model, batch, config) * batch.sampled).tolist()
     return scored
 
@@ -86,9 +86,9 @@ def take_step(config: Config) -> Step:
     model, tokenizer = smepo.load_model(config.model, config)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     rollouts, skipped = find_group(model, tokenizer, config)
-    before = logprobs(model, tokenizer, rollouts, config)
+    before = logprobs(model, rollouts, config)
     stats = smepo.update(model, tokenizer, optimizer, rollouts, config)
-    after = logprobs(model, tokenizer, rollouts, config)
+    after = logprobs(model, rollouts, config)
     return Step(config, tokenizer, rollouts, skipped, before, after, stats)
 
 

@@ -368,7 +368,7 @@ def test_plan_of_quick_rates_and_sweep():
 
 def test_a_run_keeps_what_the_tables_need_and_a_killed_one_ends_the_same(monkeypatch):
     load = smepo.load_problems  # only every 50th problem, so that it takes a second
-    monkeypatch.setattr(smepo, "load_problems", lambda *given: load(*given)[::50])
+    monkeypatch.setattr(smepo, "load_problems", lambda *given, **named: load(*given, **named)[::50])
     run = Run("arithmetic", "on-failure", 3, 2, 1, 2e-4)
     compare.run_one(run)
     config = json.loads((run.folder() / "config.json").read_text(encoding="utf-8"))
@@ -393,7 +393,7 @@ def test_hint_reliance_is_the_mean_difference_of_sequence_logprobs(base):
     differences = []
     for rollout in smepo.rollout(*base, [p] * 20, [True] * 20, settings()):
         if rollout.reward:
-            alone = dataclasses.replace(rollout, prompt_ids=p.prompt_ids)
+            alone = dataclasses.replace(rollout, prompt_ids=p.question_ids)
             sums = [unpadded_logprobs(base[0], one).sum().item() for one in (rollout, alone)]
             differences.append(sums[0] - sums[1])
     assert value == pytest.approx(sum(differences) / len(differences), abs=1e-3)

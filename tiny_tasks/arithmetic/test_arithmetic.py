@@ -126,7 +126,7 @@ def test_logprobs_of_sampled_completions_equal_unpadded_forwards(base):
     for i, r in enumerate(rollouts):
         r.advantage = 1.0 + i  # tells them apart
     config, seen = settings(micro_batch=2), []
-    for batch in smepo.micro_batches(rollouts, base[1].pad_token_id, "cpu", config):
+    for batch in smepo.micro_batches(rollouts, "cpu", config):
         scores = smepo.score(base[0], batch, config)
         for row, marks, a in zip(scores, batch.sampled, batch.advantages, strict=True):
             expected = unpadded_logprobs(base[0], rollouts[int(a) - 1])
@@ -269,7 +269,7 @@ def test_masked_expert_loss_is_the_nll_of_the_visible_tokens_only(base):
     p = problem(base, "Compute 2 * 3", "Step 1: 2 * 3 = 6.\nThe answer is 6.", "6")
     tokens = tokenizer.tokenize(p.trace) + [tokenizer.eos_token]
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    nll = -unpadded_logprobs(model, Rollout(p, False, p.prompt_ids, ids, [], "", True, 0.0))
+    nll = -unpadded_logprobs(model, Rollout(p, False, p.question_ids, ids, [], "", True, 0.0))
     visible = [not token.strip().isdigit() for token in tokens]
     assert visible.count(False) == 4
     ours = smepo.masked_expert_loss(model, tokenizer, p, "math")

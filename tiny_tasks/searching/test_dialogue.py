@@ -53,7 +53,7 @@ def test_dialogues_of_the_base_are_well_formed_and_score_as_they_were_sampled(se
         r.advantage = 1.0 + i  # tells them apart
     assert len(turns) > 3 and 0 < sum(r.reward for r in rollouts) < len(rollouts)
     some, seen = rollouts[:12], 0
-    for batch in smepo.micro_batches(some, tokenizer.pad_token_id, "cpu", settings()):
+    for batch in smepo.micro_batches(some, "cpu", settings()):
         # padded beside each other, every token has the log-prob of its row alone
         scores = smepo.score(model, batch, settings())
         for row, marks, a in zip(scores, batch.sampled, batch.advantages, strict=True):
@@ -75,7 +75,7 @@ def test_a_dialogue_without_an_answer_or_an_end_earns_nothing(searcher, monkeypa
         return tokenizer(said, add_special_tokens=False)["input_ids"]
 
     monkeypatch.setattr(dialogue, "sample", sample)
-    problems = [Problem("", "Ada", "", prompt_ids=[i]) for i in range(5)]
+    problems = [Problem("", "Ada", "", question_ids=[i]) for i in range(5)]
     config = settings(task="search")
     rollouts = smepo.rollout(*searcher, problems, [False] * 5, config)
     assert [r.reward for r in rollouts] == [1.0, 1.0, 0.0, 0.0, 0.0]
@@ -130,7 +130,7 @@ def test_the_expert_loss_does_not_teach_what_the_environment_says(searcher):
     p = smepo.load_problems(config.data, "semantic", tokenizer, config)[0]
     ids = tokenizer(p.trace + tokenizer.eos_token)["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    nll = -unpadded_logprobs(model, Rollout(p, False, p.prompt_ids, ids, [], "", True, 0.0))
+    nll = -unpadded_logprobs(model, Rollout(p, False, p.question_ids, ids, [], "", True, 0.0))
     learned = [
         i for i, t in enumerate(tokens) if "information>" not in t and t.strip() not in toy.KIND
     ]
