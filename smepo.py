@@ -70,6 +70,7 @@ def blaming(what: str):
     try:
         yield
     except Exception as error:
+        # what `datasets` raises wraps the real reason
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise UserError(f"{what}: {reason}".rstrip(": ")) from error
 
@@ -77,7 +78,7 @@ def blaming(what: str):
 # ---- Config: every field is a flag, and the comment behind it is its help --------
 
 HERE = Path(__file__).resolve().parent
-# a task's room in tiny_tasks/
+# a task, which is also the name of its domain, except for arithmetic: its room in tiny_tasks/
 TOYS = {"arithmetic": "arithmetic", "code": "coding", "search": "searching"}
 
 
@@ -123,7 +124,7 @@ class Config:
         most = {"prefix_ratio": 1, "clip_low": 1}
         for name, value in asdict(self).items():
             if type(value) in (int, float):
-                whole = type(getattr(Config, name)) is int
+                whole = type(getattr(Config, name)) is int  # counts start at 1, rates at 0
                 low = least.get(name, 1 if whole else 0)
                 high = most.get(name, 2**31)
                 inside = low <= value <= high  # nan is not
@@ -133,9 +134,6 @@ class Config:
         self.require(re.fullmatch(when, self.guide_when), "guide_when", rule)
         plain_name = re.fullmatch(r"[\w.-]*\w", self.name or "default")
         self.require(plain_name, "name", "a plain folder name")
-        for pair in self.columns:
-            known = re.match("(question|trace|answer)=", pair)
-            self.require(known, "columns", "question=NAME, trace=NAME or answer=NAME")
         divides = self.prompts_per_step % self.mini_batches == 0
         self.require(divides, "mini_batches", "a divisor of --prompts_per_step")
         # what is not given comes from the toy, which has no system prompt
@@ -184,7 +182,7 @@ def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
     """The reward-relevant spans, left to right. No `answer`: what the trace states."""
     spans: list[Span] = []
     for start, end, mask in sorted(find_domain(domain).spans(trace, answer)):
-        if spans and start <= spans[-1][1]:  # they overlap or touch: one span
+        if spans and start <= spans[-1][1]:  # they overlap or touch: one span, with the first mask
             start, last, mask = spans.pop()
             end = max(end, last)
         spans.append((start, end, mask))
@@ -232,6 +230,7 @@ def guide_trace(
     if guide == "full":
         return trace
     if guide == "prefix":
+        # the last line end within that part, or -1
         line_end = f"{trace}\n".rfind("\n", 0, int(len(trace) * prefix_ratio) + 1)
         return trace[: max(0, line_end)]
     spans = hidden_spans(trace, domain, answer)
@@ -261,8 +260,9 @@ class Problem:
 
 def build_messages(question: str, guide_text: str = "", system: str = "") -> list[dict]:
     """The guide poses as a finished assistant turn before the one to be written."""
-    guide = guide_text and "Here is an example solution:\n" + guide_text
-    turns = {"system": system, "user": question, "assistant": guide}
+    turns = {"system": system, "user": question}
+    if guide_text:
+        turns["assistant"] = "Here is an example solution:\n" + guide_text
     return [{"role": role, "content": text} for role, text in turns.items() if text]
 
 
@@ -345,7 +345,7 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
         try:
             rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
         except RuntimeError as error:  # any other is no fault of the user's
-            if "probability tensor" not in str(error):
+            if "probability tensor" not in str(error):  # what torch.multinomial says of nan
                 raise
             message = "the model's outputs are not finite: lower --learning_rate"
             raise UserError(message) from error
@@ -429,7 +429,7 @@ def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, T: int) 
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # padding shifts no prompt
     inputs = torch.stack([input_ids, attention_mask, positions])[..., :-1]  # (3, N, P+T-1)
     # the last prompt token is read with the completion: its logits are of o_1
-    (ids, mask, at), row = inputs[..., :-T].unique(dim=1, return_inverse=True)  # (B, P-1)
+    (ids, mask, at), row = inputs[..., :-T].unique(dim=1, return_inverse=True)  # N rows to B
     settings = {"use_cache": True, "logits_to_keep": 1}
     cache = model(ids, attention_mask=mask, position_ids=at, **settings).cache
     if any("LinearAttention" in type(layer).__name__ for layer in cache.layers):
@@ -567,6 +567,7 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config)
         if config.expert_coef:
             for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
                 loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
+                # the mean over the problems of the mini-batch
                 (loss * config.expert_coef * config.group_size / size).backward()
         if parts or config.expert_coef:  # else no group has a signal
             norms.append(optimizer_step(model, optimizer, config))
@@ -595,13 +596,14 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, n)  # (problems, n)
     table = {}
     for name, solved in {"pass@1": rewards.mean(1), f"pass@{n}": rewards.amax(1)}.items():
-        row = table[name] = {}
+        row = {}
         for level in sorted({problem.difficulty for problem in problems}):
             rate = solved[[problem.difficulty == level for problem in problems]]
             row[level] = [rate.mean().item(), rate.std(correction=0).item() / len(rate) ** 0.5]
         # every difficulty weighs the same
         means, errors = torch.tensor(list(row.values())).T
         row["mean"] = [means.mean().item(), errors.norm().item() / len(errors)]
+        table[name] = row
     return table
 
 
@@ -691,10 +693,12 @@ COLUMNS = {  # as data sets call them: the first that is there and is not taken 
 
 def choose_columns(names, config: Config) -> dict[str, str]:
     """{"question": its column, "trace": ..., "answer": ...} of those found."""
-    columns = dict(pair.split("=", 1) for pair in config.columns)
+    columns = dict(pair.partition("=")[::2] for pair in config.columns)
     for part, column in columns.items():
-        if part != "trace" and column not in names:  # held-out problems need no trace
-            raise UserError(f"--columns {part}={column}: there are {', '.join(names)}")
+        missing = column not in names and part != "trace"  # held-out problems need no trace
+        if missing or part not in COLUMNS:
+            rule = f"it must be question=, trace= or answer= one of {', '.join(names)}"
+            raise UserError(f"--columns {part}={column}: {rule}")
     for part, usual in COLUMNS.items():
         free = [name for name in usual if name in names and name not in columns.values()]
         if free:
@@ -859,7 +863,8 @@ def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
 
 
 def restore(folder: Path, model, optimizer, config: Config) -> int:
-    """Back to the checkpoint, the logs too; returns the steps that it has, or 0."""
+    """Writes the settings, then goes back to the checkpoint, with the logs, and returns the
+    steps that it has, or 0."""
     saved, state = folder / "checkpoint" / "training.pt", {"step": 0, "log_sizes": {}}
     saved.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.json") as new:
@@ -988,7 +993,7 @@ def spelled_value(words: list[str]) -> Fraction | None:
         if word in SCALES:
             part = total % max(SCALES[word], 100)  # of "two thousand five hundred": five
             total += (part or 1) * SCALES[word] - part
-        elif total % 10:
+        elif total % 10:  # there is a unit before it: two three
             return None
         else:
             total += NUMERALS[word]
@@ -1110,6 +1115,7 @@ def answer_pattern(answer: str) -> str:
         return CONCLUDED.replace("WORD", re.sub(r"\W", "", plain(answer)))
     signs = re.findall(ANSWER_SIGN, plain(answer), re.VERBOSE)[:100]
     text = NOISE.join(SPELLINGS.get(sign, re.escape(sign)) for sign in signs)
+    # R] ends a mask
     return rf"(?<![A-Za-z\d])(?<!R\]) (?P<all>(?i:{text})) (?![A-Za-z\d]|{MASK})"
 
 
@@ -1123,7 +1129,7 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
         if match.lastgroup:
             start, end = match.span(match.lastgroup)
             braces = "}" * (trace.count("{", start, end) - trace.count("}", start, end))
-            if trace.startswith(braces, end):  # the last one of \sqrt{3}
+            if trace.startswith(braces, end):  # that of \sqrt{3} is no sign of the answer
                 end += len(braces)
             spans.append((start, end, "[ANSWER]"))
     return spans
@@ -1173,6 +1179,7 @@ def math_leaks(masked: str, answer: str) -> bool:
     text = LABELS.sub("#", re.sub(MASK, "#", masked))
     value = number_value(answer)
     if value is not None:
+        # 3/4 is a number, and has two
         numbers = {*VISIBLE.findall(text), *re.findall(DIGITS, text)}
         # a sign may be an operator: [NUMBER] - 17
         return any(number_value(number) in (value, -value) for number in numbers)

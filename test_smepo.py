@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -285,7 +284,7 @@ def test_columns_of_the_usual_data_sets_are_found(tmp_path, capsys, row, columns
 def test_a_column_that_is_not_there_is_refused(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [GSM8K])
     config = settings(data=path, columns=["answer=anser", "trace=why"])
-    with pytest.raises(UserError, match="--columns answer=anser: there are question, answer"):
+    with pytest.raises(UserError, match="answer=anser: it must be .* one of question, answer"):
         smepo.read_problems(path, "semantic", config)
     config.columns = ["trace=why"]  # held-out problems need none
     assert smepo.read_problems(path, "none", config)[0].trace == ""
@@ -1208,99 +1207,6 @@ def test_small_words_are_hidden_if_they_are_the_answer(answer, text):
 
 def test_an_answer_is_not_looked_for_inside_a_mask():
     assert smepo.mask_trace("[NUMBER] is a number", "math", "number") == "[NUMBER] is a [ANSWER]"
-
-
-CONCLUSIONS = (
-    r"""so the answer is (C).|故选：C.|答案是C。|So the answer is $\rm C$|ANS:C|Answer = C
-    |Option C is correct|\boxed{\text{(C)}}|The correct answer is (C)|choice C|we choose $\text{C}$.
-    |ANSWER:(Option C)|Answer:XC. 7|hence it is (\mathbf{C}) 12|### Answer: **C**|Correct option: C
-    |the answer is option C) 7|#### C|<answer> C </answer>|C is the answer|The answer: [C]|so it is
-    XC""".replace("\n    ", "")
-    .replace("X", "\n")
-    .split("|")
-)
-
-
-@pytest.mark.parametrize("text", CONCLUSIONS)
-def test_a_letter_is_hidden_where_it_concludes(text):
-    text = f"The point C lies on the circle around C.\n{text}"
-    masked = smepo.mask_trace(text, "math", "C")
-    assert masked.count("[ANSWER]") == 1
-    assert masked.startswith("The point C lies on the circle around C.\n")
-    assert smepo.leaks(text, "C", "math")
-    assert not smepo.leaks(masked, "C", "math")
-
-
-KEPT = r"""Step 3:|Case 2|Lemma 4.1|by Theorem 7|x_1|a_{n+1}|\alpha_2|Eq. (4)|from (1)|the two roots
-    |one can see|\tag{3}|Cases 1, 2 and 3|STEP II|Part (b)|the worst case""".replace("\n    ", "")
-HIDDEN = r"""17|-3|−3.5|12,480|15{,}600|10,\!000|½|2½|2⁵|forty-two|three dozen|twenty-first
-    |two-thirds|50%|50\%|21st""".replace("\n    ", "")
-
-
-def test_generated_math_hides_exactly_the_values():
-    rng = random.Random(0)
-    for _ in range(2000):
-        text = expected = "Here"
-        for _ in range(rng.randint(0, 8)):
-            link = rng.choice([" we get ", ", so then ", " equals ", "; hence\n", " (see below): "])
-            if rng.random() < 0.5:
-                text += link + rng.choice(HIDDEN.split("|"))
-                expected += link + "[NUMBER]"
-            else:
-                piece = rng.choice(KEPT.split("|"))
-                text += link + piece
-                expected += link + piece
-        assert smepo.mask_trace(text, "math", "none") == expected
-
-
-PIECES = (
-    *KEPT.split("|"),
-    *HIDDEN.split("|"),
-    *CONCLUSIONS,
-    *r"""Step 1 : (3) 2. - | { } $ \ \boxed{ \pi π x^2 #### <answer> yes </answer> Answer: no B
-    (B) so is the because 北京 é [NUMBER] [ANSWER] [ ] \\ \sqrt{3} \rm \text{ ^ _ 1742
-    \frac{3}{4} Thursday forty-two""".split(),
-    *("\n", "\n\n", "    ", "\r\n", "\t", "\x00", "\ud800"),
-)
-
-
-@pytest.mark.parametrize("answer", ["42", "3", r"\pi", "(B)", "C", "x^2", "yes", "[2,5)", "Monday"])
-def test_no_text_breaks_the_masker(answer):
-    rng = random.Random(answer)
-    for _ in range(400):
-        text = "".join(rng.choice(PIECES) + rng.choice(("", " ", "\n")) for _ in range(20))
-        masked = smepo.mask_trace(text, "math", answer)
-        assert smepo.mask_trace(masked, "math", answer) == masked
-        assert 0.0 <= smepo.reward(text, answer, "math") <= 1.0
-        smepo.leaks(text, answer, "math")
-        spans = smepo.hidden_spans(text, "math", answer)
-        assert all(0 <= a < b <= len(text) for a, b, _ in spans)
-        assert all(b < c for (_, b, _), (c, _, _) in itertools.pairwise(spans))
-
-
-HARD = (
-    r"""a |A |1 |1,|1,234|- |\boxed{|\boxed{a} |{|}|#### |x_|x_{1|> |<|one|<answer>|<answer>x |$
-    |one and |twenty-|Step 1 and |Cases 1, 2, |from (|(1) |\frac{1|1/|12:34 |10^|½|. |A. |so B |\
-    |the answer is |\text{|[|[NUMBER]|1. |\sqrt|(|X|X1.|1. X|-|X- |\tag{|\tag{1|{a}|1 1/| |so |is
-    |B is |\pi|/|*|é""".replace("\n    ", "")
-    .replace("X", "\n")
-    .split("|")
-)
-
-
-def test_math_takes_linear_time_whatever_the_text():
-    """Quadratic work on any of these takes hours, so the limit only ends such a hang."""
-    script = r"""if True:
-        import json, sys, smepo
-        for piece in json.load(sys.stdin):
-            for answer in "\\frac{\\pi}{2}", "B", "7":
-                text = (piece * 20_000)[:20_000]
-                smepo.leaks(smepo.mask_trace(text, "math", answer), answer, "math")
-                smepo.leaks(text, answer, "math")
-                smepo.reward(text, answer, "math")"""
-    command = [sys.executable, "-c", script]
-    settings = {"input": json.dumps(HARD), "text": True, "cwd": ROOT, "timeout": 300}
-    subprocess.run(command, check=True, **settings)
 
 
 # ---- Math: can the answer still be read off? -----------------------------------------------------
