@@ -685,9 +685,9 @@ def loggable(r: Rollout, step: int) -> dict:
 # ---- Data and models -------------------------------------------------------------
 
 COLUMNS = {  # as data sets call them: the first that is there and is not taken yet
-    "question": ("question", "extra_info.question", "problem", "prompt"),
-    "trace": ("teacher_ds", "extra_info.teacher_ds", "trace", "solution", "answer"),
-    "answer": ("reward_model.ground_truth", "ground_truth", "answer"),
+    "question": "question extra_info.question problem prompt",
+    "trace": "teacher_ds extra_info.teacher_ds trace solution answer",
+    "answer": "reward_model.ground_truth ground_truth answer",
 }
 
 
@@ -700,7 +700,8 @@ def choose_columns(names, config: Config) -> dict[str, str]:
             rule = f"it must be question=, trace= or answer= one of {', '.join(names)}"
             raise UserError(f"--columns {part}={column}: {rule}")
     for part, usual in COLUMNS.items():
-        free = [name for name in usual if name in names and name not in columns.values()]
+        found = [name for name in usual.split() if name in names]
+        free = [name for name in found if name not in columns.values()]
         if free:
             columns.setdefault(part, free[0])
     return columns
@@ -792,6 +793,9 @@ def load_model(path: str | Path, config: Config):
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"--model {path} has weights that are not finite")
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    if config.max_prompt_tokens + config.max_new_tokens > positions:
+        raise UserError(f"{path} has {positions} positions: lower --max_prompt_tokens")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
@@ -870,9 +874,10 @@ def restore(folder: Path, model, optimizer, config: Config) -> int:
     with replacing(folder / "config.json") as new:
         new.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
     if saved.exists():
-        state = torch.load(saved, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        with blaming(f"--resume cannot read {saved}"):
+            state = torch.load(saved, map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
     for log in folder / "metrics.jsonl", folder / "rollouts.jsonl":
         log.touch()
         os.truncate(log, state["log_sizes"].get(log.name, 0))

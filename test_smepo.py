@@ -991,6 +991,14 @@ def test_runs_without_a_name_are_named_by_what_they_are_and_counted():
     assert smepo.run_folder(Config(name="mine")) == Path("runs/mine")
 
 
+def test_a_checkpoint_that_cannot_be_read_is_refused(whole, capsys):
+    shutil.copytree(whole[0], "runs/torn")
+    path = Path("runs/torn/checkpoint/training.pt")
+    path.write_bytes(path.read_bytes()[:99])
+    message = refused(capsys, ["--resume", "--name", "torn", "--steps", "9"])
+    assert f"--resume cannot read {path}" in message
+
+
 def test_a_run_without_matplotlib_still_ends_with_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(smepo, "find_spec", lambda name: None)
     assert smepo.main(flags(small(tmp_path, steps=1, name="mine"))) == 0

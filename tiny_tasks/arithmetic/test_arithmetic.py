@@ -244,6 +244,15 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
     assert f"--model {tmp_path / 'empty'} on cpu" in message
 
 
+def test_a_model_with_fewer_positions_than_tokens_is_refused(tmp_path, base):
+    positions = base[0].config.max_position_embeddings
+    config = settings(max_prompt_tokens=positions - 64)
+    smepo.load_model(config.model, config)
+    config.max_prompt_tokens += 1
+    with pytest.raises(UserError, match=f"{positions} positions: lower --max_prompt_tokens"):
+        smepo.load_model(config.model, config)
+
+
 def test_a_model_that_is_not_finite_is_refused(tmp_path, capsys, fresh_base):
     model, tokenizer = fresh_base
     with torch.no_grad():
