@@ -594,12 +594,13 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     rows = [problem for problem in problems for _ in range(n)]
     rollouts = rollout(model, tokenizer, rows, [False] * len(rows), config)
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, n)  # (problems, n)
-    table = {}
-    for name, solved in {"pass@1": rewards.mean(1), f"pass@{n}": rewards.amax(1)}.items():
+    table, scores = {}, {"pass@1": rewards.mean(1), f"pass@{n}": rewards.amax(1)}
+    for name, solved in scores.items():
         row = {}
         for level in sorted({problem.difficulty for problem in problems}):
             rate = solved[[problem.difficulty == level for problem in problems]]
-            row[level] = [rate.mean().item(), rate.std(correction=0).item() / len(rate) ** 0.5]
+            error = rate.std(correction=0).item() / len(rate) ** 0.5
+            row[level] = [rate.mean().item(), error]
         # every difficulty weighs the same
         means, errors = torch.tensor(list(row.values())).T
         row["mean"] = [means.mean().item(), errors.norm().item() / len(errors)]
