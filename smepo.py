@@ -736,10 +736,10 @@ def flatten(row: dict) -> dict:
 def read_problems(path: str, guide: str, config: Config, split="train") -> list[Problem]:
     """The problems of a file, with what the policy will be shown of their traces."""
     rows = read_rows(path, split)
-    columns = choose_columns(rows[0] if rows else [], config)
+    columns = choose_columns(rows[0], config)
     found = {"question": "none", "trace": "none", "answer": "stated by the trace"} | columns
-    domain = find_domain(config.domain)
     print(f"{path}:", ", ".join(f"{part}: {found[part]}" for part in COLUMNS))
+    domain = find_domain(config.domain)
     needed = ["question", "answer"]
     if guide != "none" or (config.expert_coef and split == "train"):
         needed.append("trace")
@@ -794,9 +794,10 @@ def load_model(path: str | Path, config: Config):
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"--model {path} has weights that are not finite")
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if config.max_prompt_tokens + config.max_new_tokens > positions:
-        raise UserError(f"{path} has {positions} positions: lower --max_prompt_tokens")
+        rule = "lower --max_prompt_tokens or --max_new_tokens"
+        raise UserError(f"{path} has {positions} positions: {rule}")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
