@@ -766,8 +766,10 @@ def as_text(value) -> str:
         return value
     if isinstance(value, list):
         return "\n\n".join(map(as_text, value))
-    if isinstance(value, dict) and "content" in value:
-        return as_text(value["content"])
+    if isinstance(value, dict):
+        for key in "content", "text":  # of a message, of a part of one
+            if key in value:
+                return as_text(value[key])
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -796,7 +798,7 @@ def load_model(path: str | Path, config: Config):
         raise UserError(f"--model {path} has weights that are not finite")
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if config.max_prompt_tokens + config.max_new_tokens > positions:
-        rule = "lower --max_prompt_tokens or --max_new_tokens"
+        rule = "--max_prompt_tokens and --max_new_tokens must fit into that"
         raise UserError(f"{path} has {positions} positions: {rule}")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
@@ -834,16 +836,21 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
+def saved_settings(folder: Path) -> dict:
+    path = folder / "config.json"
+    with blaming(f"cannot read {path}"):
+        return asdict(Config(**json.loads(path.read_text(encoding="utf-8"))))
+
+
 def open_run(config: Config) -> Path:
     """The run folder: new, or to be resumed with the settings that it has."""
     folder = run_folder(config)
-    path = folder / "config.json"
-    if path.exists():
-        before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
+    if (folder / "config.json").exists():
+        before, now = saved_settings(folder), asdict(config)
         free = ("name", "resume", "steps", "device", "micro_batch")
-        changed = [key for key in now if key not in free and before.get(key) != now[key]]
+        changed = [key for key in now if key not in free and before[key] != now[key]]
         if changed or not config.resume:
-            flags = "".join(f" --{key} {before.get(key)}" for key in changed)
+            flags = "".join(f" --{key} {before[key]}" for key in changed)
             rule = f"go on with --resume{flags}, or take another --name"
             raise UserError(f"{folder} holds a run: {rule}")
     return folder
@@ -940,9 +947,9 @@ NUMERALS = VALUES | dict(zip(ORDINALS, range(1, 21), strict=True))
 BRACED = r"[^{}]"  # what may stand between braces, themselves balanced, five deep
 for _ in range(4):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}*\}})"
-INNERMOST = r"(?!\\f?boxed|answer(?:[ ]is|:))"  # of <answer>\boxed{5}</answer> it is the box
+INNERMOST = r"(?!\\(?:boxed|fbox)|answer(?:[ ]is|:))"  # of <answer>\boxed{5}</answer> it is the box
 STATED = re.compile(
-    rf"""(?i) \\f?boxed \s? \{{ {INNERMOST} ({BRACED}*) \}}
+    rf"""(?i) \\(?:boxed|fbox) \s? \{{ {INNERMOST} ({BRACED}*) \}}
     | <answer> ( (?: {INNERMOST} [^<] )* )
     | (?: \#\#\#\# | answer(?:[ ]is:?|:) (?!\W*(?:in)?correct) )  # "the answer is correct"
       [\s*]* ( (?: {INNERMOST} (?: [^\n<.] | \.(?!\s|$) ) )* )  # up to the full stop
@@ -951,13 +958,15 @@ STATED = re.compile(
 )
 SYMBOLS = {"-": "−", r"\pi": "π", r"\sqrt": "√", r"\infty": "∞"}
 TYPESETTING = [
-    (r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r" \1"),
+    (r"(?<!\\)\\[,;: ](?=\\?[A-Za-z])", " "),  # 5\,\mathrm{cm}
+    (r"\\(?:text|math|mbox|operatorname)\w*\s*\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|displaystyle)|(?<!\\)\\[,!;: ()]|\\?\$|\^\{?\\circ\}?|°|\*\*", ""),
     (r"\\[dtc]frac", r"\\frac"),
 ]
 COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"  # 12,480, 12,\!480, 12{,}480, 12\,480
 TIMES_TEN_TO = r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?"
-NO_UNIT = f"(?:{'|'.join(NUMERALS)}|trillion|halve|or|and|not|plus|minus|times|pi|squared)s?\\b"
+PARTS = rf"(?:{'|'.join(ORDINALS[2:])}|halve|\w+[dn]th)s?$"  # 3 tenths, but 3 sixth graders
+NO_UNIT = rf"(?:(?:{'|'.join(VALUES)}|trillion|or|and|not|pi)s?\b|{PARTS})"
 UNIT = rf"(?<=[\d}}])(?:\s+(?!{NO_UNIT})[a-z]{{2,}}){{1,3}}(?:\^?\{{?[23]\}}?)?$"  # 5 cm^2
 NUMBER_FORMS = [
     (r"^[a-z]\w*\s*=|\\?%$", ""),  # x = 5; 50% is 50
@@ -1012,7 +1021,7 @@ def number_value(text: str) -> Fraction | None:
     text = plain(text).casefold()
     if len(text) > 100:  # no number; some patterns below are slow on long texts
         return None
-    words = re.split(r" and |[ -]", text)
+    words = re.split(r" and |-| +", text)
     if NUMERALS.keys() >= set(words):
         return spelled_value(words)
     text = replace_all(text, NUMBER_FORMS)
@@ -1224,10 +1233,7 @@ def parse(arguments: list[str]) -> Config:
     if rest:
         raise UserError(f"unknown flag {rest[0]}: --help lists them all")
     if given.resume:
-        path = run_folder(given) / "config.json"
-        with blaming(f"--resume cannot read {path}"):
-            before = Config(**json.loads(path.read_text(encoding="utf-8")))
-        parser.set_defaults(**asdict(before))
+        parser.set_defaults(**saved_settings(run_folder(given)))
         given = parser.parse_args(arguments)
     return Config(**vars(given))
 

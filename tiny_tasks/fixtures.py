@@ -42,10 +42,10 @@ GOOD = {  # a row in the schema of the official data
 }
 
 
-def pytest_load_initial_conftests(args: list[str]):
+def pytest_load_initial_conftests(early_config, args: list[str]):
     """A worker for each of two cores where pytest-xdist is installed; `-n 0` takes none."""
-    if "xdist" in sys.modules:
-        args[:] = ["-n", "2", *args]
+    if early_config.pluginmanager.hasplugin("xdist"):
+        args[:] = ["-n", "auto", "--maxprocesses", "2", *args]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -249,7 +249,7 @@ def test_a_model_with_fewer_positions_than_tokens_is_refused(tmp_path, base):
     config = settings(max_prompt_tokens=positions - 64)
     smepo.load_model(config.model, config)
     config.max_prompt_tokens += 1
-    with pytest.raises(UserError, match=f"{positions} positions: lower --max_prompt_tokens"):
+    with pytest.raises(UserError, match=f"{positions} positions: --max_prompt_tokens and"):
         smepo.load_model(config.model, config)
 
 

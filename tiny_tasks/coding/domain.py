@@ -21,7 +21,9 @@ RULES = {  # an example: its pattern, of which the group is hidden; without a gr
     "`left-to-right`": r"`{1,2} [a-z]{2,} (?: - [a-z]{2,} )+ `{1,2}",
     "`.equals()`": r"`{1,2} \. \w+ \(\) `{1,2}",
     "```python\nx = 1\n```": r"""
-        ^ (?P<quote> [ \t]*> )? [^`~<"\\\n]{0,99}  # in a quote, in a list, after a word
+        ^ (?P<quote> [ \t]*> )?  # in a quote, in a list, after a word
+        (?: [ \t>]* (?: [-*+][ ] | \d+[.)][ ] )? |
+            [^`~<"\\\n]{0,99} (?= `{3,} [\w+\#-]* [ \t\r]* $ ) )
         (?P<fence> `{3,} (?= [^`\n]* $ ) | ~{3,} ) (?! .* \[CODE\] ) .* (?: \n | \Z )
         (?P<block_fence> [\s\S]*? )
         (?: ^[ \t>]* (?P=fence) [`~]* [ \t]* \r?$ | (?(quote) ^(?! [ \t]*> ) | \Z ) | \Z )""",
@@ -82,7 +84,8 @@ def code_spans(trace: str, answer: str) -> list[Span]:
 
 # ---- The leak check: it shares nothing with the mask ---------------------------------------------
 
-FENCE = re.compile(r"([^`~]*)(`{3,}|~{3,})([^`]*)$")
+BEFORE = r"[\s>]*(?:[-*+] |\d+[.)] )?|[^`~]*(?=`{3,}[\w+#-]*$)"  # a word before a tagged one
+FENCE = re.compile(rf"({BEFORE})(`{{3,}}|~{{3,}})([^`]*)$")
 PLAINLY_CODE = re.compile(
     r"""\s*(?:
     (?: >>>\ | In\ \[ | @\w | \#include ) .* |  # as no sentence starts
@@ -106,12 +109,14 @@ def split_fences(text: str) -> tuple[list[str], list[str]]:
         mark = FENCE.match(line.rstrip())
         if fence and quoted and not line.lstrip().startswith(">"):
             fence = ""  # the quote ends, and so does its fence
-        if fence and mark and mark[2].startswith(fence) and not mark[3]:
+        closes = mark and not mark[1].strip("> \t") and not mark[3]
+        if fence and closes and mark[2].startswith(fence):
             fence = ""
         elif fence:
             inside.append(line)
         elif mark:
             fence, quoted = mark[2], mark[1].lstrip().startswith(">")
+            outside.append(mark[1])
         else:
             outside.append(line)
     return inside, outside

@@ -18,12 +18,13 @@ from contextlib import suppress
 from functools import lru_cache, partial
 
 with suppress(ImportError):  # Windows has none
+    import _posixsubprocess
     import resource
 
 LIMITS = {"AS": 2**29, "FSIZE": 2**22, "CORE": 0}  # bytes
 REFUSED = (
     *("os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.startfile", "os.system"),
-    *("ctypes.", "pty.", "signal.pthread_kill", "socket.", "sqlite3.", "subprocess."),
+    *("ctypes.", "pty.", "signal.pthread_kill", "socket.", "sqlite3.", "subprocess.", "_winapi."),
 )
 CHANGES = (
     *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
@@ -62,6 +63,7 @@ def execute(code, seconds: float) -> None:
         os.environ.clear()
         if "resource" in globals():
             set_limits(seconds)
+            _posixsubprocess.fork_exec = None  # it raises no audit event
         sys.addaudithook(partial(refuse, os.path.realpath(os.getcwd()) + os.sep))
         try:
             exec(code, {"__name__": "__main__"})

@@ -66,6 +66,8 @@ def test_every_rule_is_the_first_that_fits_its_example(example):
         ("x = 1 here, with\n```\ny\n```", "x = 1 here, with\n```\n[CODE]\n```"),  # it has a fence
         ("So: ```py\nx = 1\n```\nDone.", "So: ```py\n[CODE]\n```\nDone."),
         ("b) ```\nx = 1\n```\nDone.", "b) ```\n[CODE]\n```\nDone."),
+        ("Let us go~~~\nFirst sort.", "Let us go~~~\nFirst sort."),
+        ("Use ``` to open a fence.\nThen sum.", "Use ``` to open a fence.\nThen sum."),
         ("def f(x):\n    '''Words.'''\n\nprint(f(1))", "[CODE]"),
         ("So:\n\n    x = 1\n    y = 2\n\nDone.", "So:\n\n    [CODE]\n\nDone."),
         ("", ""),
@@ -165,7 +167,9 @@ MISSES = {
     "a longer fence": "````md\n```\n[CODE]\n```\n````",
     "a fence in a list": "1. So\n   ```python\n   x\n   ```",
     "a fence in a quote": "> So\n> ```\n> x\n> ```",
-    "a fence after a word": "So: ```python\nx = 1\n```",
+    "a fence after a word": "So: ```python\nx\n```",
+    "a fence after a comparison": "a > b: ```\nx\n```",
+    "a fence that ends a line": "```python\n[CODE]\nprint(sum(a))```\n",
     "a function beside a fence": "```\n[CODE]\n```\nand\n\ndef f(x):\n    return x",
     "line ends of Windows": "```\r\n[CODE]\r\nx\r\n```\r\n",
     "half a line": "```\n[CODE] + 1\n```",
@@ -287,7 +291,13 @@ PROGRAMS = {  # name: (program, whether it passes CUBE); {} is a path outside it
     "replaces stdout": ("import io, sys\nsys.stdout = io.StringIO()\n" + RIGHT, False),
     "memory bomb": ("a = [0]\nwhile True:\n    a += a", False),
     "huge output": ("while True:\n    print('x' * 10**6)", False),
+    "a database": ("import sqlite3\nsqlite3.connect({})\n" + RIGHT, False),
     "fork": ("import os\nos.fork()\n" + RIGHT, False),
+    "fork unseen": (
+        "import _posixsubprocess as p\np.fork_exec([b'true'], [b'/bin/true'], *[None] * 21)\n"
+        + RIGHT,
+        False,
+    ),
     "fork bomb": ("import os\nwhile True:\n    os.fork()", False),
     "other programs": ("import subprocess\nsubprocess.run(['true'])\n" + RIGHT, False),
     "shell": ("import os\nos.system('true')\n" + RIGHT, False),

@@ -104,7 +104,7 @@ def is_right(given: str, truth: str) -> bool:
     if given == "":
         return False
     if value is not None:
-        return value_of(given) == value
+        return number_value(given) == value
     return plain_words(given) == plain_words(truth)
 
 

@@ -146,6 +146,10 @@ def test_the_answer_is_hidden_however_it_is_written(text, answer):
     assert not leaks(mask(text, answer), answer)
 
 
+def test_a_name_that_begins_with_a_number_is_hidden_whole():
+    assert mask("the drink 7 up is", "7 Up") == "the drink [ENTITY] is"
+
+
 def test_a_plural_of_the_answer_is_hidden_as_a_whole():
     assert mask("two red squirrels", "a red squirrel") == "two [ANSWER]"
 
@@ -285,6 +289,7 @@ def test_the_leak_check_keeps_quiet_about_a_plan(text, answer):
         ("<answer>1,250</answer>", "1250", True),
         ("<answer>twelve</answer>", "12", True),
         ("<answer>9 April</answer>", "9 March", False),
+        ("<answer>12 floors</answer>", "12", True),
         ("<answer>50</answer>", "50 Cent", False),
         ("<answer>12 angry men</answer>", "12 Angry Men", True),
         ("<answer>The</answer>", "The", True),
