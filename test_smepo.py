@@ -890,6 +890,19 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
     assert read_log("runs/other/metrics.jsonl") != [before, *steps]
 
 
+def test_one_folder_serves_both_splits(tmp_path, monkeypatch):
+    folder, asked = tmp_path / "both", []
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_rows(folder / f"{split}.jsonl", rows(split, 6))
+    evaluate = smepo.evaluate
+    monkeypatch.setattr(smepo, "evaluate", lambda *a: asked.append(a[2]) or evaluate(*a))
+    run = smepo.train(settings(data=str(folder), test_data=str(folder), steps=1))
+    trained = {record["question"] for record in read_log(run / "rollouts.jsonl")}
+    assert trained <= {row["question"] for row in rows("train", 6)}
+    assert [p.question for p in asked[0]] == [row["question"] for row in rows("test", 6)]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "lfm2"])
 def test_other_architectures_train_and_their_checkpoints_load(tmp_path, base, name):
     model = saved(tmp_path / name, random_model(name, len(base[1])), base[1])

@@ -340,6 +340,15 @@ def test_learning_rates_are_tabulated_by_arm():
     assert "| full | 0.0001 | 0.100 | 0.300 |\n| full | 0.0002 | 0.100 | 0.500 |" in text
 
 
+def test_rates_are_tried_in_a_folder_of_their_own(monkeypatch):
+    places = []  # else their seeds would enter the next report
+    monkeypatch.setattr(compare, "run_all", lambda runs, out, jobs: places.append(out))
+    tried = fake("none", 101, [0.2, 0.3], 1.0)
+    monkeypatch.setattr(compare, "read_result", lambda path: tried)
+    assert smepo.main(["compare", "--rates", "1e-4", "--arms", "none", "--seeds", "1"]) == 0
+    assert places == [Path("runs/compare/rates").resolve()]
+
+
 def test_mean_error_by_hand():
     assert tables.mean_error([1.0, 2.0, 3.0]) == "2.000 ± 0.577"  # 1 / sqrt 3
     assert tables.mean_error([1.0]) == "1.000" and tables.mean_error([None]) == "–"
