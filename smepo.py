@@ -947,9 +947,10 @@ NUMERALS = VALUES | dict(zip(ORDINALS, range(1, 21), strict=True))
 BRACED = r"[^{}]"  # what may stand between braces, themselves balanced, five deep
 for _ in range(4):
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}*\}})"
-INNERMOST = r"(?!\\(?:boxed|fbox)|answer(?:[ ]is|:))"  # of <answer>\boxed{5}</answer> it is the box
+BOX = r"\\(?:boxed|fbox)"
+INNERMOST = rf"(?!{BOX}|answer(?:[ ]is|:))"  # of <answer>\boxed{5}</answer> it is the box
 STATED = re.compile(
-    rf"""(?i) \\(?:boxed|fbox) \s? \{{ {INNERMOST} ({BRACED}*) \}}
+    rf"""(?i) {BOX} \s? \{{ {INNERMOST} ({BRACED}*) \}}
     | <answer> ( (?: {INNERMOST} [^<] )* )
     | (?: \#\#\#\# | answer(?:[ ]is:?|:) (?!\W*(?:in)?correct) )  # "the answer is correct"
       [\s*]* ( (?: {INNERMOST} (?: [^\n<.] | \.(?!\s|$) ) )* )  # up to the full stop

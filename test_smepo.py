@@ -95,7 +95,8 @@ def test_flags_of_a_resumed_run_are_checked_beside_its_own_settings():
     "|mini_batches 3|seed -1|seed 100000000000000000|prefix_ratio nan|prefix_ratio 2|clip_low 2"
     "|clip_low -3|learning_rate -1|learning_rate nan|learning_rate inf|name ../elsewhere"
     "|device warp|device None|model no/such/folder|data none.jsonl|domain nowhere|eval 5"
-    "|max_prompt_tokens 10|columns question|columns color=question|nonsense 1".split("|"),
+    "|max_prompt_tokens 10|columns question|columns color=red|columns color=question"
+    "|nonsense 1".split("|"),
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, flag):
     name, value = flag.split()

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import smepo
 from tiny_tasks import tables, toys
-from tiny_tasks.toys import at_least_1
 
 ARMS = {
     "none": {"guide": "none"},  # GRPO
@@ -215,7 +214,7 @@ def save(text: str, path: Path) -> str:
 def list_of_seeds(text: str) -> list[int]:
     """3 is 1, 2 and 3; 5-6 is 5 and 6."""
     first, _, last = text.rpartition("-")
-    seeds = list(range(int(first or 1), at_least_1(last) + 1))
+    seeds = list(range(int(first or 1), toys.at_least_1(last) + 1))
     if not seeds:
         raise ValueError
     return seeds
@@ -237,9 +236,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--task", choices=list(smepo.TOYS), default="arithmetic")
     add("--arms", help=f"some of {','.join(ARMS)}; without it, all")
     add("--seeds", type=list_of_seeds, help="5, which is 1 to 5, or 3-7")
-    add("--steps", type=at_least_1, default=60, help="of every arm")
-    add("--points", type=at_least_1, default=20, help="evaluations on the way")
-    add("--jobs", type=at_least_1, help="at a time; without it, one a core")
+    add("--steps", type=toys.at_least_1, default=60, help="of every arm")
+    add("--points", type=toys.at_least_1, default=20, help="evaluations on the way")
+    add("--jobs", type=toys.at_least_1, help="at a time; without it, one a core")
     add("--out", type=Path, default="runs/compare", help="the folder to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help=f"one seed of {', '.join(QUICK)}")
