@@ -1,6 +1,18 @@
-"""Tables of what compare measured, in Markdown. Runs of the same arm differ in the seed alone."""
+"""Tables of what compare measured, in Markdown. Runs of one arm differ in the seed alone."""
 
 from statistics import mean, median, stdev
+
+EXPLAINED = """
+Accuracy is that of held-out problems, asked without a guide, by difficulty (k); ± is one standard
+error over seeds. `reward` is the training reward of the last 5 steps, with the guide where it is
+shown. `seconds` are those of the processor, training alone. `leaks` is the share of shown guides
+that give the answer away. `hint` is log π(o | guide) − log π(o) of right guided rollouts, in nats.
+"""
+EQUAL = """
+At equal seconds: each arm's accuracy at the last evaluation before GRPO (same seed) has used all
+of its seconds. `faster` is how many times fewer seconds than GRPO's it took to reach GRPO's own
+final mean, seed by seed; `-` where it never did.
+"""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -19,126 +31,85 @@ def mean_error(values: list[float | None], digits: int = 3) -> str:
     return f"{mean(known):.{digits}f} ± {error:.{digits}f}"
 
 
-def by_arm(runs: list) -> dict[str, list]:
-    return {run.arm: [other for other in runs if other.arm == run.arm] for run in runs}
+def by_arm(results: list[dict]) -> dict[str, list[dict]]:
+    arms: dict[str, list[dict]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    return arms
 
 
-def accuracy(runs: list, level: str, name: str = "pass@1") -> str:
-    return mean_error([run.final[name][level] for run in runs])
+def summary(results: list[dict]) -> str:
+    levels = list(results[0]["final"])
+    rows = [["the base", "", ""] + [mean_error(at_step_0(results, level)) for level in levels]]
+    rows[0] += ["", "", ""]
+    for arm, runs in by_arm(results).items():
+        row = [arm, str(len(runs)), mean_error([run["reward"] for run in runs])]
+        row += [mean_error([run["final"][level] for run in runs]) for level in levels]
+        row.append(mean_error([run["points"][-1]["seconds"] for run in runs], 0))
+        row.append(mean_error([run["leak_rate"] for run in runs]))
+        rows.append([*row, mean_error([run["hint_reliance"] for run in runs], 1)])
+    names = [level if level == "mean" else f"k = {level}" for level in levels]
+    header = ["arm", "seeds", "reward", *names, "seconds", "leaks", "hint"]
+    text = table(header, rows) + EXPLAINED
+    if "grpo" in by_arm(results):
+        text += "\n" + equal_seconds(results, levels[-2])
+    return text + "\n" + seed_by_seed(results, levels[-2])
 
 
-def final_table(arms: dict[str, list]) -> str:
-    """What every arm ends with, and how much it leans on the trace."""
-    runs = next(iter(arms.values()))
-    levels = list(runs[0].points[0]["accuracy"])  # "2", ..., "5", "mean"
-    base = ["the base", ""]
-    for level in levels:
-        base.append(mean_error([run.points[0]["accuracy"][level] for run in runs]))
-    rows = [base + [""] * 4]
+def at_step_0(results: list[dict], level: str) -> list[float]:
+    return [result["points"][0][level] for result in results]
+
+
+def equal_seconds(results: list[dict], hardest: str) -> str:
+    arms = by_arm(results)
+    grpo = {run["seed"]: run for run in arms["grpo"]}
+    rows = []
     for arm, runs in arms.items():
+        pairs = [(run, grpo[run["seed"]]) for run in runs if run["seed"] in grpo]
         row = [arm]
-        row.append(mean_error([mean(run.curve["reward"][-5:]) for run in runs]))
-        row += [accuracy(runs, level) for level in levels]
-        row.append(accuracy(runs, "mean", "pass@8"))
-        row.append(mean_error([mean(run.curve["leak_rate"]) for run in runs]))
-        row.append(mean_error([run.copy_rate for run in runs]))
-        row.append(mean_error([run.hint_reliance for run in runs], 2))
-        rows.append(row)
-    header = ["arm", "training reward, last 5 steps"]
-    header += [f"unguided, k = {level}" for level in levels[:-1]]
-    header += ["mean", "pass@8, mean", "leak rate", "copy rate", "hint reliance, nats"]
-    return table(header, rows)
+        for level in hardest, "mean":
+            row.append(mean_error([when_grpo_ends(run, other)[level] for run, other in pairs]))
+        factors = [times_faster(run, other) for run, other in pairs]
+        reached = [factor for factor in factors if factor is not None]
+        row.append(f"{median(reached):.1f}" if reached else "-")
+        shown = ["-" if factor is None else f"{factor:.1f}" for factor in factors]
+        rows.append([*row, " ".join(shown)])
+    return table(["arm", f"k = {hardest}", "mean", "faster, median", "faster"], rows) + EQUAL
 
 
-def reaches(run, level: str, target: float) -> dict | None:
-    """The first point of the curve at the target; who starts there is there at the next one."""
-    for point in run.points[1:]:
-        if point["accuracy"][level] >= target:
-            return point
+def when_grpo_ends(run: dict, grpo: dict) -> dict:
+    seconds = grpo["points"][-1]["seconds"]
+    return [point for point in run["points"] if point["seconds"] <= seconds][-1]
+
+
+def times_faster(run: dict, grpo: dict) -> float | None:
+    end = grpo["points"][-1]
+    for point in run["points"][1:]:
+        if point["mean"] >= end["mean"]:
+            return end["seconds"] / point["seconds"]
     return None
 
 
-def speed(runs: list, grpo: list, level: str) -> list[str]:
-    """Steps and seconds until a run is as good as GRPO with its seed is in the end, and how many
-    times as fast as GRPO itself that is: 0 if it never is, or is no more at its own end."""
-    rivals = {run.seed: run for run in grpo}
-    steps, seconds, factors = [], [], []
-    for run in runs:
-        rival = rivals[run.seed]
-        target = rival.final["pass@1"][level]
-        own = reaches(rival, level, target) or rival.points[-1]
-        hit = own if run is rival else reaches(run, level, target)
-        if hit and run.final["pass@1"][level] >= target:
-            steps.append(str(hit["step"]))
-            seconds.append(f"{hit['seconds']:.0f}")
-            factors.append(own["seconds"] / hit["seconds"])
-        else:
-            steps.append("–")
-            seconds.append("–")
-            factors.append(0.0)
-    ahead = sum(factor > 1 for factor in factors)
-    cells = [", ".join(steps), ", ".join(seconds)]
-    return [*cells, f"{median(factors):.2f}", f"{ahead} of {len(factors)}"]
-
-
-def when_grpo_ends(runs: list, grpo: list, level: str) -> list[str]:
-    """Accuracy at the second at which GRPO with the same seed ends, and how often it is higher."""
-    reached, ahead = [], 0
-    for run in runs:
-        (last,) = [rival.points[-1] for rival in grpo if rival.seed == run.seed]
-        known = [point for point in run.points if point["seconds"] <= last["seconds"]]
-        reached.append(known[-1]["accuracy"][level])
-        ahead += reached[-1] > last["accuracy"][level]
-    return [mean_error(reached), f"{ahead} of {len(runs)}"]
-
-
-def speed_table(arms: dict[str, list], level: str) -> str:
+def seed_by_seed(results: list[dict], hardest: str) -> str:
     rows = []
-    for arm, runs in arms.items():
-        cells = speed(runs, arms["none"], level), when_grpo_ends(runs, arms["none"], level)
-        rows.append([arm, *cells[0], *cells[1]])
-    goal = level if level == "mean" else f"k = {level}"
-    header = ["arm", f"steps to GRPO's final accuracy, {goal}, seed by seed", "training seconds"]
-    header += ["times as fast as GRPO, median", "ahead of GRPO"]
-    return table([*header, "accuracy at the second at which GRPO ends", "above GRPO"], rows)
+    for arm, runs in by_arm(results).items():
+        row = [arm]
+        for level in hardest, "mean":
+            row.append(" ".join(f"{run['final'][level]:.2f}".lstrip("0") for run in runs))
+        rows.append(row)
+    return table(["arm, by seed", f"k = {hardest}", "mean"], rows)
 
 
-def summary(runs: list) -> str:
-    """Compared with GRPO, where it is among the arms."""
-    arms = by_arm(runs)
-    parts = [final_table(arms)]
-    if "none" in arms:
-        seeds = {run.seed for run in arms["none"]}
-        paired = by_arm([run for run in runs if run.seed in seeds])
-        parts += [speed_table(paired, level) for level in (runs[0].level(), "mean")]
-    return "\n".join(parts)
-
-
-def sweep(kinds: dict[str, list]) -> str:
-    """How much faster than GRPO, by how often the base solves the training problems."""
+def rates(results: list[dict]) -> str:
+    """Of each arm at each rate: the final mean, and that of the hardest problems."""
+    found: dict[tuple, list[dict]] = {}
+    for result in results:
+        found.setdefault((result["arm"], result["learning_rate"]), []).append(result)
+    hardest = list(results[0]["final"])[-2]
     rows = []
-    for kind, group in kinds.items():
-        level = group[0].level()
-        success = mean(run.points[0]["accuracy"][level] for run in group)
-        arms = by_arm(group)
-        for arm, runs in arms.items():
-            row = [kind, f"{success:.3f}", arm]
-            row.append(accuracy(runs, level))
-            row.append(accuracy(runs, "mean"))
-            row += speed(runs, arms["none"], "mean")[2:]
-            rows.append(row)
-    header = ["trained on", "of its hardest the base solves", "arm", "unguided, on these", "mean"]
-    header += ["times as fast as GRPO to its mean, median", "ahead of GRPO"]
-    return table(header, rows)
-
-
-def rates(runs: list) -> str:
-    """Unguided accuracy of each arm at each learning rate."""
-    rows = []
-    level = runs[0].level()
-    for arm, group in by_arm(runs).items():
-        for rate in sorted({run.learning_rate for run in group}):
-            tried = [run for run in group if run.learning_rate == rate]
-            ends = [accuracy(tried, level), accuracy(tried, "mean")]
-            rows.append([arm, f"{rate:g}", *ends])
-    return table(["arm", "learning rate", f"unguided, k = {level}", "mean"], rows)
+    for (arm, rate), runs in found.items():
+        row = [arm, f"{rate:g}", " ".join(str(run["seed"]) for run in runs)]
+        for level in hardest, "mean":
+            row.append(mean_error([run["final"][level] for run in runs]))
+        rows.append(row)
+    return table(["arm", "rate", "seeds", f"k = {hardest}", "mean"], rows)
