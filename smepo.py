@@ -116,7 +116,8 @@ class Config:
         lowest = {"seed": 0, "group_size": 2, "temperature": 0.01, "fade_until": 0.01}
         for name, value in asdict(self).items():
             if type(value) in (int, float):
-                low = lowest.get(name, int(type(value) is int))  # counts from 1, rates from 0
+                counts = isinstance(getattr(Config, name), int)
+                low = lowest.get(name, 1 if counts else 0)
                 if not low <= value < 2**31:  # nan is not
                     raise UserError(f"--{name} {value}: it must be from {low} to 2147483647")
         if not re.fullmatch(r"always|on-failure|fade|0?\.\d+|[01](\.0*)?", self.guide_when):
@@ -294,7 +295,8 @@ DIGITS = r"(?:\d+(?:(?:,|\{,\})\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 RULES = [
     # what becomes of it, its pattern, and an example, which a test runs
     ("keep", r"\[(?:NUMBER|ANSWER)\]", "[NUMBER]"),
-    ("keep", rf"{LABEL}s?[ ~.#]{{0,2}}{ID}(?:(?:,|,? and| to) {ID})*", "Cases 1, 2 and 3"),
+    ("keep", rf"{LABEL}[ ~.#]{{0,2}}{ID}", "Step 1"),
+    ("keep", rf"{LABEL}s[ ~]{ID}(?:(?:,|,? and| to) {ID})*", "Cases 1, 2 and 3"),
     ("keep", r"^[ \t>*_#-]*(?:\(\d{1,2}\)|\d{1,2}(?:\.\d+)*[.):])(?=[*_]*[ \t]+\S)", "1. Let"),
     ("keep", r"(?<!log)(?<!int)(?<!sum)_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+", "x_1"),
     ("keep", r"\\(?:tag|label|(?:eq)?ref)\*?\{[^{}]*\}", r"\tag{1}"),
@@ -404,7 +406,8 @@ def read_problems(path: str, guide: str, config: Config, split="train") -> list[
     problems = []
     for number, row in enumerate(read_rows(path, split), start=1):
         trace, difficulty = row.get("teacher_ds") or "", row.get("difficulty", "all")
-        answer = str((row.get("reward_model") or {}).get("ground_truth", ""))
+        truth = (row.get("reward_model") or {}).get("ground_truth")
+        answer = "" if truth is None else str(truth).strip()
         if not row.get("question") or not answer or (needs_trace and not trace):
             parts = "question, reward_model.ground_truth or teacher_ds"
             mend = f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
@@ -428,7 +431,7 @@ def load_problems(path: str, guide: str, tokenizer, config: Config, split="train
     print(f"{path}: {len(fitting)} of {len(problems)} prompts fit into --max_prompt_tokens")
     if not fitting:
         shortest = min([len(p.prompts[True]) for p in problems], default=0)
-        raise UserError(f"{path}: no prompt fits; the shortest has {shortest} tokens")
+        raise UserError(f"{path}: the shortest prompt has {shortest} tokens: --max_prompt_tokens")
     return fitting
 
 
@@ -741,29 +744,32 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
 def train(config: Config) -> Path:
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
     torch.set_num_threads(config.threads)
-    folder = open_run(config)
     model, tokenizer = load_model(config.model, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
     tests = load_problems(config.test_data, "none", tokenizer, config, split="test")
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     data = zlib.crc32(repr([problems, tests]).encode())
+    folder = open_run(config)
     done = restore(folder, model, optimizer, data)
     if done == 0:
         print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
         torch.manual_seed(config.seed)
         before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
         append(folder / "metrics.jsonl", [before])
-    for step in tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps):
-        rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
-        last = step == config.steps
-        if last or step % config.eval_every == 0:
-            metrics["pass@1"] = evaluate(model, tokenizer, tests, config)
-        append(folder / "metrics.jsonl", [metrics])
-        append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
-        if last or step % config.save_every == 0:
-            save_checkpoint(folder, model, optimizer, step, data)
-    for part in model, tokenizer:
-        part.save_pretrained(folder / "checkpoint")
+    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
+    with saying_how_to_go_on(folder):
+        for step in bar:
+            rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
+            last = step == config.steps
+            if last or step % config.eval_every == 0:
+                metrics["pass@1"] = evaluate(model, tokenizer, tests, config)
+            bar.set_postfix(reward=metrics["reward"])
+            append(folder / "metrics.jsonl", [metrics])
+            append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
+            if last or step % config.save_every == 0:
+                save_checkpoint(folder, model, optimizer, step, data)
+        model.save_pretrained(folder / "checkpoint")
+        tokenizer.save_pretrained(folder / "checkpoint")
     return folder
 
 
@@ -778,8 +784,11 @@ def loggable(r: Rollout, step: int) -> dict:
 
 def read_rows(path: str, split: str):
     """Of a jsonl or parquet file, a folder with one for each split, or hub/id:configuration."""
-    for file in Path(path).glob(f"{split}*.*l*"):  # of a folder
-        path = str(file)
+    if Path(path).is_dir():
+        files = sorted(Path(path).glob(f"{split}*"))
+        if not files:
+            raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
+        path = str(files[0])
     if path.endswith("jsonl"):  # not by `datasets`, which guesses types: a date, a rounded number
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]
@@ -858,6 +867,17 @@ def open_run(config: Config) -> Path:
     with replacing(folder / "config.json") as new:
         new.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return folder
+
+
+@contextmanager
+def saying_how_to_go_on(folder: Path):
+    """Whatever stops the run, Ctrl-C, a full disk or a bug."""
+    try:
+        yield
+    except BaseException:
+        if (folder / "checkpoint" / "training.pt").exists():
+            print(f"\nto go on: python smepo.py --resume {folder}", file=sys.stderr)
+        raise
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int, data: int) -> None:
@@ -944,10 +964,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report(train(parse(arguments)))
     except (UserError, argparse.ArgumentError, OSError) as error:
-        print(f"smepo.py: {error}", file=sys.stderr)
+        print(f"smepo.py: {error}".partition("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; --resume and the run folder go on", file=sys.stderr)
         return 130
     return 0
 

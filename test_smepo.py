@@ -1,15 +1,13 @@
 """The executable specification of smepo.py: every equation, pitfall and promise has a test here.
 
-Run `python -m pytest`; it needs no network, no GPU, and under two minutes on two cores. What the
-tests share is in tiny_tasks/fixtures.py; code, search and the commands are tested in their rooms.
+Run `python -m pytest`; it needs no network and no GPU. What the tests share is in
+tiny_tasks/fixtures.py; code, search and the commands are tested beside them.
 """
 
 import dataclasses
 import itertools
 import json
-import logging
 import math
-import os
 import random
 import re
 import shutil
@@ -53,115 +51,76 @@ from tiny_tasks.fixtures import (
 
 
 def test_every_setting_is_a_documented_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        smepo.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
+    assert smepo.main(["--help"]) == 0
+    shown = capsys.readouterr().out
     for setting in dataclasses.fields(Config):
-        assert f"--{setting.name} " in shown
-        assert len(setting.metadata["help"]) > 10 and setting.metadata["help"] in shown
-
-
-def test_bounds_go_by_the_setting_and_not_by_what_is_given():
-    assert Config(clip_low=0, expert_coef=0, prefix_ratio=1).clip_low == 0
-    with pytest.raises(UserError, match="--steps 0"):
-        Config(steps=0)
+        assert re.search(rf"^    {setting.name}: .+ = .+  # .{{10}}", shown, re.MULTILINE)
 
 
 def test_flags_reach_the_config():
-    config = settings(columns=["question=a", "trace=b"], guide="random", clip_low=0.1, name="x")
+    config = settings(guide="random", clip_low=0.1, out="x", guide_when="fade")
     assert smepo.parse(flags(config)) == config
     assert smepo.parse([]) == Config()
-
-
-def test_flags_of_a_resumed_run_are_checked_beside_its_own_settings():
-    config = settings(prompts_per_step=12, name="mine")
-    Path("runs/mine").mkdir(parents=True)
-    text = json.dumps(dataclasses.asdict(config))
-    Path("runs/mine/config.json").write_text(text, encoding="utf-8")
-    expected = dataclasses.replace(config, mini_batches=3, resume=True)  # of 16, 3 is no divisor
-    assert smepo.parse(["--resume", "--mini_batches", "3"]) == expected
-    for broken in ('{"steps": 3', '{"epochs": 3}', "[]"):
-        Path("runs/mine/config.json").write_text(broken, encoding="utf-8")
-        with pytest.raises(UserError, match="cannot read runs.mine.config.json"):
-            smepo.parse(["--resume"])
-        with pytest.raises(UserError, match="cannot read runs.mine.config.json"):
-            smepo.open_run(Config(name="mine"))
+    assert Config(clip_low=0, expert_coef=0, prefix_ratio=1, learning_rate=1e-6).clip_low == 0
 
 
 @pytest.mark.parametrize(
     "flag",
     "steps 0|steps many|guide half|group_size 1|guide_when sometimes|guide_when 1.5|temperature 0"
-    "|mini_batches 3|seed -1|seed 100000000000000000|prefix_ratio nan|prefix_ratio 2|clip_low 2"
-    "|clip_low -3|learning_rate -1|learning_rate nan|learning_rate inf|name ../elsewhere"
-    "|device warp|device None|model no/such/folder|data none.jsonl|domain nowhere|eval 5"
-    "|max_prompt_tokens 10|columns question|columns color=red|columns color=question"
+    "|mini_batches 3|seed -1|seed 100000000000000000|prefix_ratio nan|clip_low -3|learning_rate -1"
+    "|learning_rate inf|fade_until 0|model no/such/folder|data none.jsonl|max_prompt_tokens 10"
     "|nonsense 1".split("|"),
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, flag):
     name, value = flag.split()
     message = refused(capsys, flags(small(tmp_path)) + [f"--{name}", value])
-    assert (value if name in ("data", "device") else f"--{name}") in message
+    assert value in message or f"--{name}" in message
     assert not Path("runs").exists()
 
 
-def test_a_refusal_says_what_would_do(tmp_path, capsys):
-    for flag, rule in {
-        "--steps 0": "--steps 0: it must be from 1 to 2147483648",
-        "--prefix_ratio 2": "--prefix_ratio 2.0: it must be from 0 to 1",
-        "--mini_batches 3": "--mini_batches 3: it must be a divisor of --prompts_per_step",
-        "--guide_when 2": "--guide_when 2: it must be always, on-failure or a fraction from 0 to 1",
-        "--resume": "--resume: no run is in runs/ yet",
-    }.items():
-        assert refused(capsys, flag.split()) == f"smepo.py: {rule}"
+def test_one_file_of_data_wants_another_for_the_test(tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", rows("train", 3))
+    assert "give --test_data, too" in refused(capsys, ["--data", data])
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder" / "train.jsonl", rows("train", 3))
+    message = refused(capsys, ["--data", str(tmp_path / "folder")])
+    assert "has no file test.jsonl" in message
 
 
-def test_the_rest_comes_from_the_toy_beside_smepo_wherever_it_is_called_from():
-    for task, room in smepo.TOYS.items():
+def test_a_command_of_old_is_told_where_it_is(capsys):
+    assert "python -m tiny_tasks." in refused(capsys, ["compare", "--quick"])
+
+
+def test_the_rest_comes_from_the_task_beside_smepo_wherever_it_is_called_from():
+    for task in smepo.TOYS:
         config = Config(task=task)
         paths = [Path(path) for path in (config.model, config.data, config.test_data)]
-        assert paths == [TASKS / room / name for name in ("base", "train.jsonl", "test.jsonl")]
+        assert paths == [TASKS / task / name for name in ("base", "train.jsonl", "test.jsonl")]
         assert all(path.exists() for path in paths)
-        assert config.domain == {"arithmetic": "math"}.get(task, task) and config.system == ""
-    assert "boxed" in Config(domain="math").system
-    assert Config(domain="math", system="").system == ""
+        assert config.domain == {"arithmetic": "math"}.get(task, task)
+    assert Config(domain="math") == Config()  # typed or not: no system prompt comes with it
 
 
 # ---- The guide: what the policy is shown of a trace ----------------------------------------------
 
-PIECE = re.compile(r"\d+|[^\W\d]+|[^\w\s]")  # a number, a word or a sign
+
+def test_spans_that_overlap_become_one():
+    spans = [(0, 4, "[A]"), (3, 6, "[B]"), (6, 7, "[Y]"), (9, 12, "[C]")]
+    assert smepo.replace_spans("0123456789abcdef", spans) == "[A][Y]78[C]cdef"
+    assert smepo.replace_spans("0123", []) == "0123"
 
 
-def test_spans_that_overlap_or_touch_become_one(monkeypatch):
-    spans = [(9, 12, "[C]"), (3, 6, "[B]"), (0, 4, "[A]"), (4, 5, "[X]"), (6, 7, "[Y]")]
-    domain = Domain("", spans=lambda trace, answer: spans, leaks=None, rewards=None)
-    monkeypatch.setitem(smepo.DOMAINS, "mine", domain)
-    assert smepo.hidden_spans("0123456789abcdef", "mine") == [(0, 7, "[A]"), (9, 12, "[C]")]
-    assert smepo.mask_trace("0123456789abcdef", "mine") == "[A]78[C]cdef"
-
-
-def test_random_mask_hides_as_many_spans_as_long_and_depends_on_the_seed():
+def test_random_mask_hides_as_many_words_and_signs_anywhere_and_depends_on_the_seed():
     semantic = smepo.hidden_spans(TRACE, "math")
     chosen = [smepo.random_spans(TRACE, semantic, str(seed)) for seed in range(300)]
+    pieces = [match.span() for match in re.finditer(r"\w+|[^\w\s]", TRACE)]
     for spans in chosen:
-        assert [len(PIECE.findall(TRACE[a:b])) for a, b, _ in spans] == [1] * len(semantic)
-        assert all(b <= c for (_, b, _), (c, _, _) in itertools.pairwise(spans))  # no overlap
-    pieces = {match.start() for match in PIECE.finditer(TRACE)}
-    assert {start for spans in chosen for start, _, _ in spans} == pieces  # anywhere
+        assert len(spans) == len(semantic) and spans == sorted(set(spans))
+    assert {span[:2] for spans in chosen for span in spans} == set(pieces)
     assert chosen[0] != chosen[1]
     assert chosen[0] == smepo.random_spans(TRACE, semantic, "0")
-
-
-def test_random_mask_keeps_long_spans_whole():
-    text = "one two three four five six seven eight"
-    for seed in range(50):
-        chosen = smepo.random_spans(text, [(0, 13, "[X]"), (14, 18, "[Y]")], str(seed))
-        lengths = {mask: len(text[a:b].split()) for a, b, mask in chosen}
-        assert lengths == {"[X]": 3, "[Y]": 1} and chosen[0][1] <= chosen[1][0]
-        masked = smepo.guide_trace("1a2b3", "random", "math", seed=str(seed))
-        assert masked.count("[NUMBER]") == 3  # what touches is apart
-        masked = smepo.guide_trace("北京和北京", "random", "math", "北京", seed=str(seed))
-        assert masked == "[ANSWER]"  # one piece only
+    long = smepo.random_spans("one two three four", [(0, 13, "[X]")], "0")
+    assert len(long) == 3 and smepo.random_spans("no number", [], "0") == []
 
 
 def test_guide_arms():
@@ -171,40 +130,37 @@ def test_guide_arms():
     assert masked.startswith("Step 1: [NUMBER] * [NUMBER] = [NUMBER].\nStep 2: [NUMBER] -")
     assert masked == smepo.mask_trace(TRACE, "math", "16") == smepo.mask_trace(TRACE, "math")
     assert smepo.leaks(TRACE, "16", "math") and not smepo.leaks(masked, "16", "math")
-    for ratio in (0.0, 0.3, 0.5, 0.9):
+    lines = TRACE.split("\n")
+    for ratio, count in ((0.0, 0), (0.3, 1), (0.5, 2), (0.9, 3), (1.0, 4)):  # of four lines
         prefix = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=ratio)
-        assert TRACE.startswith(prefix) and len(prefix) <= ratio * len(TRACE)
-        assert prefix == "" or TRACE[len(prefix)] == "\n"  # whole lines only
-    assert smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=1.0) == TRACE
-    half = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=0.5)
-    assert half == "Step 1: 3 * 5 = 15.\nStep 2: 7 - 6 = 1."
+        assert prefix == "\n".join(lines[:count])
 
 
-def test_a_new_domain_is_one_module(tmp_path, base, monkeypatch):
-    def check(truth):
-        if not truth.islower():
-            raise ValueError("it must be in lower case")
-
-    colors = Domain(
-        system="Say a color.",
+def color_domain(**changes):
+    return Domain(
         spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
         leaks=lambda masked, answer: answer in masked,
         rewards=lambda texts, truths: [float(b in a) for a, b in zip(texts, truths, strict=True)],
-        check=check,
+        **changes,
     )
-    monkeypatch.setitem(sys.modules, "my.colors", SimpleNamespace(DOMAIN=colors))
-    monkeypatch.setattr(smepo, "DOMAINS", dict(smepo.DOMAINS))
-    row = {"question": "Compute what?", "trace": "It is red, not blue.", "answer": "red"}
+
+
+def test_a_new_domain_is_one_module(tmp_path, base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_colors", SimpleNamespace(DOMAIN=color_domain()))
+    row = GOOD | {"teacher_ds": "It is red, not blue.", "reward_model": {"ground_truth": "red"}}
     path = write_rows(tmp_path / "rows.jsonl", [row])
-    config = settings(domain="my.colors", data=path)
-    assert config.system == "Say a color."
+    config = settings(domain="my_colors")
     (p,) = smepo.load_problems(path, "semantic", base[1], config)
     assert p.guide == "It is [COLOR], not [COLOR]." and not p.leaky
-    assert smepo.reward("a red one", "red", "my.colors") == 1.0
+    assert smepo.reward("a red one", "red", "my_colors") == 1.0
     assert smepo.load_problems(path, "full", base[1], config)[0].leaky
-    path = write_rows(tmp_path / "rows.jsonl", [row, row | {"answer": "RED"}])
-    with pytest.raises(UserError, match="row 2: it must be in lower case"):
-        smepo.load_problems(path, "semantic", base[1], config)
+
+
+def test_an_error_in_a_domain_shows_itself(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_broken.py").write_text("DOMAIN = no_such_name", encoding="utf-8")
+    with pytest.raises(NameError, match="no_such_name"):
+        smepo.main(flags(small(tmp_path, domain="my_broken")))
 
 
 # ---- Data and prompts ----------------------------------------------------------------------------
@@ -219,126 +175,104 @@ def test_prompt_is_question_then_guide_as_a_finished_turn_then_an_open_turn(base
     )
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}"
+)
+LLAMA_2 = (  # and Mistral: an assistant's turn ends in EOS, and nothing opens after it
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GPT_2 = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+DROPS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}!"
+
+
+@pytest.mark.parametrize(
+    "template, unguided, guided",
+    [
+        (
+            CHATML,
+            "user\nx<|im_end|>\n<|im_start|>assistant\n",
+            "t<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (LLAMA_3, "x<|eot|><|h|>assistant<|/h|>\n\n", "t<|eot|><|h|>assistant<|/h|>\n\n"),
+        (LLAMA_2, "[INST] x [/INST]", "opens no turn"),
+        (GPT_2, "opens no turn", "opens no turn"),
+        (DROPS, "x!", "drops a part"),
+        (smepo.PLAIN_TEMPLATE, "User: x\n\nAssistant:", "solution:\nt\n\nAssistant:"),
+    ],
+    ids="ChatML Llama-3 Llama-2 GPT-2 drops plain".split(),
+)
+def test_a_template_that_drops_the_guide_or_opens_no_turn_is_refused(
+    base, monkeypatch, template, unguided, guided
+):
+    monkeypatch.setattr(base[1], "chat_template", template)
+    for guide, wanted in (("", unguided), ("t", guided)):
+        try:
+            text = smepo.build_prompt(base[1], "x", guide)
+        except UserError as error:
+            text = str(error)
+            assert wanted in text
+        assert text.endswith(wanted) or wanted in ("opens no turn", "drops a part")
+
+
 def test_problems_carry_their_prompts_as_the_template_writes_them(tmp_path, base):
     path = write_rows(tmp_path / "rows.jsonl", [GOOD | {"difficulty": 5}])
-    (p,) = smepo.load_problems(path, "semantic", base[1], settings(data=path))
+    (p,) = smepo.load_problems(path, "semantic", base[1], settings())
     assert (p.answer, p.difficulty, p.leaky) == ("2", "5", False)
     assert p.guide == "Step 1: [NUMBER] + [NUMBER] = [NUMBER].\nThe answer is [NUMBER]."
-    plain, guided = base[1].batch_decode([p.question_ids, p.guided_ids])
+    plain, guided = base[1].batch_decode(p.prompts)
     assert plain == smepo.build_prompt(base[1], GOOD["question"])
     assert guided == smepo.build_prompt(base[1], GOOD["question"], p.guide)
-    (unguided,) = smepo.load_problems(path, "none", base[1], settings(data=path))
-    assert unguided.guide == "" and unguided.guided_ids == unguided.question_ids == p.question_ids
+    (unguided,) = smepo.load_problems(path, "none", base[1], settings())
+    assert unguided.guide == "" and unguided.prompts == [p.prompts[False]] * 2
 
 
-GSM8K = {"question": "Two and 70?", "answer": "Add: 2 + 70 = <<2+70=72>>72.\n#### 72"}
-MATH = {"problem": "Halve 1.", "level": "Level 1", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
-OFFICIAL = {
-    "data_source": "x",
-    "prompt": [{"role": "user", "content": "Not this."}],
-    "reward_model": {"style": "rule", "ground_truth": "7"},
-    "extra_info": {"question": "Six and one?", "teacher_ds": "6 + 1 = 7", "index": 3},
-}
-TRL = {
-    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}],
-    "solution": "It is 2.",
-    "ground_truth": "2",
-}
-UNLIKE = [GOOD, GOOD | {"reward_model": {"ground_truth": "3", "index": 1}}]
-PARTS = [{"role": "user", "content": ["Be brief.", {"type": "text", "text": "1 + 1?"}]}]
-TESTS = {"inputs": ["1\n"], "outputs": ["2\n"]}
+@pytest.mark.parametrize("answer", ["2001-03-01", "007", 9223372036854775808, 0.10, "½"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_answer_stays_what_it_is(tmp_path, answer, kind):
+    path = tmp_path / f"rows.{kind}"
+    truth = answer if kind == "jsonl" else str(answer)
+    row = GOOD | {"reward_model": {"ground_truth": truth}, "difficulty": 3}
+    if kind == "jsonl":
+        write_rows(path, [row])
+    else:
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    (p,) = smepo.read_problems(str(path), "semantic", settings())
+    assert (p.answer, p.difficulty) == (str(answer), "3")
 
 
 @pytest.mark.parametrize(
-    "row, columns, expected",
+    "bad",
     [
-        (GOOD, "", (GOOD["question"], GOOD["teacher_ds"], "2")),
-        (OFFICIAL, "", ("Six and one?", "6 + 1 = 7", "7")),
-        (GSM8K, "", ("Two and 70?", GSM8K["answer"], "72")),
-        (MATH, "", ("Halve 1.", MATH["solution"], r"\frac{1}{2}")),
-        (MATH | {"answer": "0.5"}, "", ("Halve 1.", MATH["solution"], "0.5")),
-        (TRL, "", ("Be brief.\n\n1 + 1?", "It is 2.", "2")),
-        (
-            {"problem": "No.", "q": "1 + 1?", "why": "It is 2.", "solution": "No.", "n": 2},
-            "question=q trace=why answer=n",
-            ("1 + 1?", "It is 2.", "2"),
-        ),
-        (MATH | {"answer": "0.5", "long": "So."}, "trace=long", ("Halve 1.", "So.", "0.5")),
-        (GOOD | {"reward_model": {"ground_truth": 0}}, "", (*list(GOOD.values())[:2], "0")),
-        (
-            {"question": PARTS, "trace": ["It is 2.", "So 2."], "answer": ["3"]},
-            "",
-            ("Be brief.\n\n1 + 1?", "It is 2.\n\nSo 2.", "3"),
-        ),
-        (GOOD | {"reward_model": {"ground_truth": TESTS}}, "", (*list(GOOD.values())[:2], TESTS)),
-    ],
-    ids="toy official GSM8K MATH OpenR1 TRL mine one-of-mine zero lists tests".split(),
-)
-def test_columns_of_the_usual_data_sets_are_found(tmp_path, capsys, row, columns, expected):
-    path = write_rows(tmp_path / "rows.jsonl", [row] * 2)
-    config = settings(data=path, columns=columns.split())
-    for p in smepo.read_problems(path, "semantic", config):
-        answer = p.answer if isinstance(expected[2], str) else json.loads(p.answer)
-        assert (p.question, p.trace, answer) == expected
-        assert p.difficulty == "all"
-    assert capsys.readouterr().out.startswith(f"{path}: question: ")
-
-
-def test_a_column_that_is_not_there_is_refused(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [GSM8K])
-    config = settings(data=path, columns=["answer=anser", "trace=why"])
-    with pytest.raises(UserError, match="answer=anser: it must be .* one of question, answer"):
-        smepo.read_problems(path, "semantic", config)
-    config.columns = ["trace=why"]  # held-out problems need none
-    assert smepo.read_problems(path, "none", config)[0].trace == ""
-
-
-def test_rows_may_differ_in_what_is_nested(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", UNLIKE)
-    answers = [p.answer for p in smepo.read_problems(path, "semantic", settings(data=path))]
-    assert answers == ["2", "3"]  # not what the trace states
-
-
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        ({"question": None}, "row 2 has no question"),
-        ({"teacher_ds": " "}, "row 2 has no trace"),
-        ({"teacher_ds": "No.", "reward_model": None}, "row 2 has no answer"),
-        ({"teacher_ds": "No.", "reward_model": {"style": "rule"}}, "row 2 has no answer"),
-        ({"reward_model": {"style": "rule", "ground_truth": " "}}, "row 2 has no answer"),
+        {"question": None},
+        {"teacher_ds": ""},
+        {"reward_model": None},
+        {"reward_model": {"style": "rule"}},
+        {"reward_model": {"ground_truth": " "}},
     ],
 )
-def test_bad_rows_are_named_by_their_line(tmp_path, capsys, bad, message):
+def test_bad_rows_are_named_by_their_number_and_the_command_that_mends_them(tmp_path, capsys, bad):
     data = write_rows(tmp_path / "bad.jsonl", [GOOD, GOOD | bad, GOOD])
-    assert f"bad.jsonl {message}" in refused(capsys, flags(small(tmp_path, data=data)))
+    message = refused(capsys, flags(small(tmp_path, data=data)))
+    assert f"{data} row 2 has no" in message and "python -m tiny_tasks.prepare" in message
 
 
 def test_a_row_needs_a_trace_only_where_the_arm_does(tmp_path, base):
     path = write_rows(tmp_path / "bare.jsonl", [GOOD | {"teacher_ds": None}] * 2)
-    config = settings(data=path)
+    config = settings()
     assert len(smepo.load_problems(path, "none", base[1], config)) == 2
-    with pytest.raises(UserError, match="no trace"):
+    with pytest.raises(UserError, match="row 1 has no"):
         smepo.load_problems(path, "semantic", base[1], config)
     config.expert_coef = 0.1  # its loss is on the traces
-    with pytest.raises(UserError, match="no trace"):
+    with pytest.raises(UserError, match="row 1 has no"):
         smepo.load_problems(path, "none", base[1], config)
     # but what is held out is never shown one
     assert len(smepo.load_problems(path, "none", base[1], config, "test")) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\n", b"not json\n", b'{"question": \n', '{"question": "café"}'.encode("latin-1")],
-    ids=["empty", "blank", "words", "torn", "latin-1"],
-)
-def test_unreadable_data_is_refused(tmp_path, capsys, monkeypatch, content):
-    for handler in logging.getLogger("datasets").handlers:
-        monkeypatch.setattr(handler, "stream", sys.stderr)  # else pytest would not see it
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    message = refused(capsys, flags(small(tmp_path, data=str(path))))
-    assert "bad.jsonl has no rows" in message and "StopIteration" not in message
 
 
 def test_parquet_and_folders_load_like_jsonl(tmp_path, base):
@@ -350,14 +284,11 @@ def test_parquet_and_folders_load_like_jsonl(tmp_path, base):
     assert smepo.load_problems(parquet, "semantic", base[1], config) == expected
     folder = tmp_path / "folder"
     folder.mkdir()
-    write_rows(folder / "test.jsonl", lines)  # it may have one split,
-    held_out = {"guide": "semantic", "tokenizer": base[1], "config": config, "split": "test"}
-    assert smepo.load_problems(str(folder), **held_out) == expected
-    write_rows(folder / "train.jsonl", rows("train", 9))  # or both
-    assert smepo.load_problems(str(folder), **held_out) == expected
+    write_rows(folder / "test.jsonl", lines)
+    write_rows(folder / "train.jsonl", rows("train", 9))
+    held_out = smepo.load_problems(str(folder), "semantic", base[1], config, "test")
+    assert held_out == expected
     assert len(smepo.load_problems(str(folder), "semantic", base[1], config)) == 9
-    (folder / "test.jsonl").rename(folder / "validation.jsonl")  # the next best
-    assert smepo.load_problems(str(folder), **held_out) == expected
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, capsys, base):
@@ -367,13 +298,32 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, capsys, base):
     config = settings(max_prompt_tokens=70)
     (p,) = smepo.load_problems(path, "full", base[1], config)
     assert p.guide == GOOD["teacher_ds"]
-    assert f"{path}: 2 prompts exceed --max_prompt_tokens" in capsys.readouterr().out
+    assert f"{path}: 1 of 3 prompts fit into --max_prompt_tokens" in capsys.readouterr().out
     assert len(smepo.load_problems(path, "none", base[1], config)) == 2  # without its guide
-    config.max_prompt_tokens = len(p.guided_ids)
+    config.max_prompt_tokens = len(p.prompts[True])
     assert len(smepo.load_problems(path, "full", base[1], config)) == 1
     config.max_prompt_tokens -= 1
-    with pytest.raises(UserError, match="no prompt within --max_prompt_tokens"):
+    with pytest.raises(UserError, match="the shortest prompt has"):
         smepo.load_problems(path, "full", base[1], config)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda m, t: setattr(t, "eos_token", None), "has no eos_token"),
+        (lambda m, t: t.add_tokens(["one", "more"] * 99), "more tokens than the model has rows"),
+        (lambda m, t: m.model.layers.__delitem__(2), "they would be random"),
+    ],
+    ids=["eos", "tokens", "weights"],
+)
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path, capsys, fresh_base, damage, message):
+    size = len(fresh_base[0].model.layers)
+    damage(*fresh_base)
+    path = saved(tmp_path / "model", *fresh_base)
+    settings_file = Path(path, "config.json")
+    text = json.loads(settings_file.read_text("utf-8")) | {"num_hidden_layers": size}
+    settings_file.write_text(json.dumps(text), "utf-8")
+    assert message in refused(capsys, flags(small(tmp_path, model=path)))
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
@@ -415,27 +365,29 @@ def test_rollouts_carry_what_was_sampled_and_are_rewarded_in_one_call(base, monk
 
     def rewards(texts, truths):
         calls.append((texts, truths))
-        return [float(i % 2) for i in range(len(texts))]
+        return [0.2, 1.0, 0.0, 0.5]
 
     def sample(model, tokenizer, given, config):
         prompts.extend(given)
         return [[20, eos], [21], [22, eos], [23, 24]]
 
-    monkeypatch.setitem(smepo.DOMAINS, "mine", Domain("", None, None, rewards))
+    domain = Domain(None, None, rewards, solved_from=0.5)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(DOMAIN=domain))
     monkeypatch.setattr(smepo, "sample", sample)
     p, q = problem(base), problem(base, answer="17")
     guided = [True, False, True, False]
     rollouts = smepo.rollout(*base, [p, p, q, q], guided, settings(domain="mine"))
     whole = tokenizer.batch_decode([[20], [22]])
     assert calls == [([whole[0], "", whole[1], ""], ["16", "16", "17", "17"])]
-    assert prompts == [p.guided_ids, p.question_ids, q.guided_ids, q.question_ids]
+    assert prompts == [p.prompts[1], p.prompts[0], q.prompts[1], q.prompts[0]]
     assert [r.prompt_ids for r in rollouts] == prompts and [r.guided for r in rollouts] == guided
     assert [r.problem for r in rollouts] == [p, p, q, q]
     assert [r.ids for r in rollouts] == [[20, eos], [21], [22, eos], [23, 24]]
     assert [r.sampled for r in rollouts] == [[1, 1], [1], [1, 1], [1, 1]]
     assert [r.text for r in rollouts] == tokenizer.batch_decode([[20], [21], [22], [23, 24]])
     assert [r.ended for r in rollouts] == [True, False, True, False]
-    assert [r.reward for r in rollouts] == [0.0, 1.0, 0.0, 1.0]
+    assert [r.reward for r in rollouts] == [0.2, 1.0, 0.0, 0.5]
+    assert [r.solved for r in rollouts] == [False, True, False, True]
 
 
 # ---- When the guide is shown ---------------------------------------------------------------------
@@ -456,23 +408,23 @@ def test_a_fraction_is_drawn_by_seed_step_and_question():
     assert all(shown("always")) and not any(shown("on-failure"))
 
 
-def test_a_group_is_guided_as_one(base):
-    problems = [problem(base, question=f"Compute {i} + 1", answer="9") for i in range(8)]
-    config = settings(guide_when="0.5", max_new_tokens=2)
-    rollouts, count = smepo.collect_rollouts(*base, problems, 3, config)
-    assert count == len(rollouts) == 32
-    expected = [smepo.shows_guide(p, 3, config) for p in problems for _ in range(4)]
-    assert [r.guided for r in rollouts] == expected and 0 < sum(expected) < 32
-    for r in rollouts:
-        assert r.prompt_ids == (r.problem.guided_ids if r.guided else r.problem.question_ids)
+def test_fading_falls_from_always_to_never_in_the_first_part_of_the_steps():
+    config = settings(guide_when="fade", steps=100, fade_until=0.6)
+    problems = [Problem(f"question {i}", "") for i in range(1000)]
+    for step, chance in ((0, 1.0), (15, 0.75), (30, 0.5), (59, 1 / 60), (60, 0), (100, 0)):
+        shown = [smepo.shows_guide(p, step, config) for p in problems]
+        assert sum(shown) / 1000 == pytest.approx(chance, abs=0.05 * (0 < chance < 1))
 
 
-def test_a_problem_without_a_guide_is_never_guided(base):
-    p = dataclasses.replace(problem(base), guide="")
-    for when in ("always", "on-failure"):
-        config = settings(guide_when=when, max_new_tokens=2)
-        rollouts, count = smepo.collect_rollouts(*base, [p], 1, config)
-        assert count == 4 and not any(r.guided for r in rollouts)
+def test_a_schedule_is_asked_once_for_a_group_and_step(base, monkeypatch):
+    """So that one which draws without a seed cannot split a group."""
+    asked = []
+    monkeypatch.setattr(smepo, "shows_guide", lambda p, *_, **__: asked.append(p) or len(asked) % 2)
+    problems = [problem(base, question=f"Compute {i} + 1", answer="9") for i in range(4)]
+    rollouts, _ = smepo.collect_rollouts(*base, problems, 1, settings(max_new_tokens=2))
+    assert asked == problems + problems[1::2]  # the unguided ones, once they have failed
+    for group in smepo.chunks(rollouts, 4):
+        assert len({(r.guided, tuple(r.prompt_ids)) for r in group}) == 1
 
 
 def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(base, monkeypatch):
@@ -481,9 +433,10 @@ def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(ba
 
     def rollout(model, tokenizer, problems, guided, config):
         passes.append([(p.answer, g) for p, g in zip(problems, guided, strict=True)])
-        rewards = [float(p.answer in "13" and i % 2) for i, p in enumerate(problems)]
+        rewards = [0.2 + 0.8 * (p.answer in "13" and i % 2) for i, p in enumerate(problems)]
         parts = zip(problems, guided, rewards, strict=True)
-        return [Rollout(p, g, [], [2], [1], "", True, r) for p, g, r in parts]
+        # a part of the reward does not make it solved
+        return [Rollout(p, g, [], [2], [1], "", True, r, r == 1) for p, g, r in parts]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     config = settings(guide_when="on-failure", group_size=2)
@@ -522,14 +475,6 @@ def test_equal_rewards_have_advantage_exactly_zero_however_rounded():
         assert smepo.group_advantages([value] * 7, 7, scale).tolist() == [0.0] * 7
 
 
-def test_advantages_sum_to_zero_and_ignore_other_groups():
-    torch.manual_seed(0)
-    rewards = torch.rand(6, 8)
-    A = smepo.group_advantages(rewards.flatten(), 8).view(6, 8)
-    torch.testing.assert_close(A.sum(1), torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(A[2], smepo.group_advantages(rewards[2], 8))
-
-
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10], [8, 9]]  # of unequal lengths, some twice
 COMPLETIONS = [[11, 2], [12, 13, 14, 2], [4, 4, 4], [15], [2]]
 
@@ -541,27 +486,6 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([prompts, completions], 1), torch.cat([prompt_mask, mask], 1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_sharing_prompts_changes_neither_logits_nor_gradients(name):
-    model, (ids, mask) = random_model(name), padded()
-    real, found = mask[:, 5:, None], []
-    torch.manual_seed(0)
-    pull = torch.randn(5, 4, 23)
-    for shared in (True, False):
-        model.zero_grad()
-        if shared:
-            logits = smepo.completion_logits(model, ids, mask, 4)
-        else:
-            at = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, position_ids=at).logits[:, -5:-1]
-        (logits * pull * real).sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((logits * real, gradient))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-4)
-    assert found[0][1].abs().max() > 1
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "lfm2"])
 def test_logprobs_under_unequal_left_padding_equal_unpadded_forwards(name, temperature):
@@ -569,7 +493,7 @@ def test_logprobs_under_unequal_left_padding_equal_unpadded_forwards(name, tempe
     model = random_model(name)
     ours = smepo.token_logprobs(model, *padded(), 4, temperature)
     for row, prompt, ids in zip(ours, PROMPTS, COMPLETIONS, strict=True):
-        r = Rollout(None, True, prompt, ids, [], "", True, 0.0)
+        r = Rollout(None, True, prompt, ids, [], "", True, 0.0, False)
         expected = unpadded_logprobs(model, r, temperature)
         torch.testing.assert_close(row[: len(ids)], expected, atol=1e-5, rtol=1e-5)
 
@@ -604,15 +528,12 @@ def test_clip_cases_for_both_signs(ratio, A, expected, gradient_flows, clipped):
     assert gradient.item() == pytest.approx(-ratio * A * gradient_flows, abs=1e-6)
 
 
-def test_aggregations_by_hand():
-    """Two rows of 1 and 3 tokens, ratio 1, A = 1 and -1: only the weights of the tokens differ."""
+def test_aggregation_by_hand():
+    """Two rows of 1 and 3 tokens, ratio 1, A = 1 and -1: the mean of a row, then of the rows."""
     mask, zeros = [[1, 0, 0], [1, 1, 1]], [[0.0] * 3] * 2
-    loss, gradient, _ = loss_of(zeros, zeros, [1.0, -1.0], mask, aggregation="sequence")
+    loss, gradient, _ = loss_of(zeros, zeros, [1.0, -1.0], mask)
     assert loss == pytest.approx((-1 + 1) / 2)
     torch.testing.assert_close(gradient, torch.tensor([[-0.5, 0, 0], [1 / 6, 1 / 6, 1 / 6]]))
-    loss, gradient, _ = loss_of(zeros, zeros, [1.0, -1.0], mask, aggregation="token")
-    assert loss == pytest.approx((-1 + 3) / 4)
-    torch.testing.assert_close(gradient, torch.tensor([[-0.25, 0, 0], [0.25, 0.25, 0.25]]))
 
 
 def test_loss_is_zero_but_its_gradient_is_not_at_the_first_update():
@@ -622,10 +543,9 @@ def test_loss_is_zero_but_its_gradient_is_not_at_the_first_update():
     assert clip_fraction == 0
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_padding_gets_no_gradient_even_where_its_logprobs_are_wild(aggregation):
+def test_padding_gets_no_gradient_even_where_its_logprobs_are_wild():
     new, old = [[0.0, 300.0, -math.inf]], [[0.0, 0.0, -math.inf]]
-    loss, gradient, clipped = loss_of(new, old, [1.0], [[1, 0, 0]], aggregation=aggregation)
+    loss, gradient, clipped = loss_of(new, old, [1.0], [[1, 0, 0]])
     assert loss == -1.0 and clipped == 0 and gradient.tolist() == [[-1.0, 0.0, 0.0]]
 
 
@@ -646,52 +566,44 @@ def test_policy_loss_agrees_with_a_loop_written_from_the_paper():
             terms.append(min(rho * A[i], max(0.8, min(1.28, rho)) * A[i]))
             clipped += bool(terms[-1] < rho * A[i])
         total -= sum(terms) / len(terms) / 5
-    loss, stats = smepo.policy_loss(new, old, A, mask, 0.2, 0.28, "sequence")
+    loss, stats = smepo.policy_loss(new, old, A, mask, 0.2, 0.28)
     torch.testing.assert_close(loss, torch.as_tensor(total))
     assert stats["clip_fraction"] == pytest.approx(clipped / 20) and clipped > 2
+
+
+def test_expert_loss_is_the_mean_over_visible_tokens(base):
+    """Hidden spans carry none; EOS counts, the prompt does not."""
+    model, tokenizer = base
+    p = problem(base)
+    text = p.trace + tokenizer.eos_token
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    r = Rollout(p, False, p.prompts[False], encoded["input_ids"], [], "", True, 0.0, False)
+    logprobs = unpadded_logprobs(model, r)
+    hidden = {i for a, b, _ in smepo.hidden_spans(p.trace, "math") for i in range(a, b)}
+    spans = [set(range(*offset)) for offset in encoded["offset_mapping"]]
+    visible = [not span & hidden for span in spans]
+    assert 0 < visible.count(False) < len(visible)
+    loss = smepo.masked_expert_loss(model, tokenizer, p, "math")
+    torch.testing.assert_close(loss, -logprobs[visible].mean())
 
 
 # ---- Update --------------------------------------------------------------------------------------
 
 
-def test_update_sets_the_advantages(fresh_base):
-    rollouts = make_group(fresh_base, [1.0, 0, 0, 0]) + make_group(fresh_base, [1.0] * 4)
-    gradient_of(fresh_base, rollouts)
-    assert [r.advantage for r in rollouts] == pytest.approx([1.5, -0.5, -0.5, -0.5] + [0] * 4, 1e-4)
-    gradient_of(fresh_base, rollouts, advantage_scale="none")
-    assert [r.advantage for r in rollouts] == [0.75, -0.25, -0.25, -0.25] + [0] * 4
-
-
-@pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_micro_batch_size_does_not_change_the_gradient(fresh_base, aggregation):
-    groups = [make_group(fresh_base, r) for r in ([1.0, 0, 0, 0], [0.0] * 4, [0.0, 1, 1, 1])]
-    rollouts = sum(groups, [])
-    whole = gradient_of(fresh_base, rollouts, micro_batch=100, aggregation=aggregation)
-    assert whole.abs().max() > 1e-3
-    for size, counts in ((1, [1] * 8), (3, [3, 3, 2]), (100, [8])):
-        batches = smepo.micro_batches(rollouts, "cpu", settings(micro_batch=size))
-        assert [len(batch.advantages) for batch in batches] == counts
-        assert sum(batch.share for batch in batches) == pytest.approx(8 / 12)
-        part = gradient_of(fresh_base, rollouts, micro_batch=size, aggregation=aggregation)
-        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("told", [False, True], ids=["all sampled", "some told"])
-@pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_update_has_the_gradient_of_the_whole_unskipped_loss(fresh_base, aggregation, told):
+def test_update_has_the_gradient_of_the_whole_unskipped_loss(fresh_base, told):
     """Skipping, sorting, splitting and padding together equal one loss over all B*G rows, at the
     temperature of the sampling. What an environment told has no gradient and no place in it."""
     rewards = [1.0, 0, 0, 0], [1.0] * 4, [0.0, 1, 1, 1]
     rollouts = sum((make_group(fresh_base, r, guided=r[0] > 0) for r in rewards), [])
-    options = {"aggregation": aggregation, "temperature": 0.7}
-    plain = gradient_of(fresh_base, rollouts, **options)
+    plain = gradient_of(fresh_base, rollouts, temperature=0.7)
     for r in rollouts if told else []:
         r.sampled[1:-1] = [i % 3 % 2 for i in range(len(r.sampled) - 2)]
-    ours = gradient_of(fresh_base, rollouts, micro_batch=3, **options)
-    loss, tokens = 0.0, sum(sum(r.sampled) for r in rollouts)
+    ours = gradient_of(fresh_base, rollouts, micro_batch=3, temperature=0.7)
+    loss = 0.0
     for r in rollouts:
         logprobs = unpadded_logprobs(fresh_base[0], r, 0.7)
-        divisor = sum(r.sampled) * len(rollouts) if aggregation == "sequence" else tokens
+        divisor = sum(r.sampled) * len(rollouts)
         loss -= r.advantage * (logprobs * torch.tensor(r.sampled)).sum() / divisor
     fresh_base[0].zero_grad()
     loss.backward()
@@ -711,14 +623,15 @@ def test_zero_variance_groups_move_nothing_and_cost_no_forward(fresh_base, monke
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_mini_batch_without_signal_takes_no_step_and_enters_no_average(fresh_base):
+def test_the_logged_loss_is_that_of_the_mini_batch(fresh_base):
+    """However it was split: weighted by share, 0 at the first update."""
     model, tokenizer = fresh_base
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    useful, useless = make_group(fresh_base, [1.0, 0, 0, 0]), make_group(fresh_base, [0.0] * 4)
-    alone = smepo.update(model, tokenizer, optimizer, useful, settings())
-    config = settings(mini_batches=2)
-    both = smepo.update(model, tokenizer, optimizer, useful + useless, config)
-    assert both["grad_norm"] == pytest.approx(alone["grad_norm"]) and alone["grad_norm"] > 0
+    rollouts = make_group(fresh_base, [1.0, 0, 0, 0]) + make_group(fresh_base, [0.0, 1, 1, 1])
+    for size in (1, 3, 100):
+        config = settings(micro_batch=size)
+        stats = smepo.update(model, tokenizer, optimizer, rollouts, config)
+        assert stats["loss"] == pytest.approx(0, abs=1e-6) and stats["grad_norm"] > 0.01
 
 
 def test_ratio_is_exactly_one_at_the_first_update_only(fresh_base, monkeypatch):
@@ -758,7 +671,7 @@ def test_each_mini_batch_takes_one_clipped_step_with_fresh_gradients(fresh_base)
 
 def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
     """The states of prompt, guide and padding get no gradient; those of sampled tokens all do."""
-    model, tokenizer = fresh_base
+    model, _ = fresh_base
     captured, forward = [], model.base_model.forward
 
     def spy(*args, **kwargs):
@@ -770,12 +683,12 @@ def test_only_sampled_tokens_carry_gradient(fresh_base, monkeypatch):
     monkeypatch.setattr(model.base_model, "forward", spy)
     rollouts = make_group(fresh_base, [1.0, 0, 0, 0])
     gradient_of(fresh_base, rollouts)
-    prompt, completion = captured  # the group's prompt is read once, then its completions
+    (states,) = captured
     lengths = torch.tensor(sorted((len(r.ids) for r in rollouts), reverse=True))
-    assert completion.shape[:2] == (4, lengths.max())
-    sampled = torch.arange(lengths.max()) < lengths[:, None]
-    assert torch.equal(completion.grad.abs().sum(-1) > 0, sampled)
-    assert prompt.shape[0] == 1 and prompt.grad is None
+    T = lengths.max()
+    touched = states.grad.abs().sum(-1) > 0  # a state is of the token that it predicts
+    assert torch.equal(touched[:, -T - 1 : -1], torch.arange(T) < lengths[:, None])
+    assert not touched[:, : -T - 1].any() and not touched[:, -1].any()
 
 
 def test_entropy_and_clip_statistics_leave_out_what_was_told(fresh_base):
@@ -806,10 +719,10 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
 
     def group(of, guided, sampled, rewards, ended=(True,) * 4):
         parts = zip(rewards, ended, strict=True)
-        return [Rollout(of, guided, [], [], sampled, "", end, r) for r, end in parts]
+        return [Rollout(of, guided, [], [], sampled, "", end, r, r == 1) for r, end in parts]
 
     rollouts = [
-        *group(p, True, [1] * 2, [0.0] * 4),
+        *group(p, True, [1] * 2, [0.2] * 4),  # paid in part, not solved
         *group(leaky, True, [1] * 4, [1.0] * 4),
         # seven tokens, of which six were sampled
         *group(p, False, [1, 1, 0, 1, 1, 1, 1], [1.0, 0.0] * 2, [True, False] * 2),
@@ -818,11 +731,11 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
     monkeypatch.setattr(smepo, "collect_rollouts", lambda *_: (rollouts, 24))
     monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
     returned, metrics = smepo.train_step(*base, None, [p], 7, settings())
-    expected = {"step": 7, "reward": 6 / 16, "completion_length": 4.0, "truncated": 2 / 16}
+    expected = {"step": 7, "reward": 6.8 / 16, "completion_length": 4.0, "truncated": 2 / 16}
     expected |= {"zero_variance_wrong": 0.5, "zero_variance_right": 0.25, "guided": 0.5}
     expected |= {"leak_rate": 0.5, "loss": 0.5, "rollouts": 24}
     assert returned is rollouts and {k: metrics[k] for k in expected} == pytest.approx(expected)
-    assert set(metrics) - set(expected) == {"seconds_rollout", "seconds_update"}
+    assert set(metrics) - set(expected) == {"seconds_wall", "seconds_processor"}
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -831,31 +744,18 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
 def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
     p = dataclasses.replace(problem(base), difficulty="2")
     q = dataclasses.replace(p, difficulty="5")
-    rewards = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    solved = [1, 1, 0, 1, 0, 0, 0, 1]
 
     def rollout(model, tokenizer, problems, guided, config):
         assert problems == [p, p, p, p, q, q, q, q] and guided == [False] * 8
-        pairs = zip(problems, rewards, strict=True)
-        return [Rollout(x, False, [], [], [], "", True, r) for x, r in pairs]
+        pairs = zip(problems, solved, strict=True)
+        return [Rollout(x, False, [], [], [], "", True, 0.5, s) for x, s in pairs]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     table = smepo.evaluate(None, None, [p, p, q, q], settings(eval_samples=2))
-    assert list(table) == ["pass@1", "pass@2"]
-    assert table["pass@1"]["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
-    assert table["pass@1"]["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
-    assert table["pass@1"]["mean"] == pytest.approx([0.5, 0.125])
-    assert table["pass@2"] == {"2": [1, 0], "5": [0.5, pytest.approx(0.5 / 2**0.5)]} | {
-        "mean": pytest.approx([0.75, 0.25 / 2**0.5])
-    }
-
-
-def test_evaluation_never_puts_a_guide_into_a_prompt(base, monkeypatch):
-    prompts, sample = [], smepo.sample
-    monkeypatch.setattr(smepo, "sample", lambda *a: prompts.extend(a[2]) or sample(*a))
-    config = settings(guide="full", eval_samples=1)
-    table = smepo.evaluate(*base, [problem(base)], config)  # the problem has a guide
-    assert base[1].batch_decode(prompts) == ["<|user|>Compute 7 - 6 + 3 * 5<|end|><|assistant|>"]
-    assert list(table) == ["pass@1"]
+    assert table["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
+    assert table["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
+    assert table["mean"] == pytest.approx([0.5, 0.125])
 
 
 # ---- Training and the run folder -----------------------------------------------------------------
@@ -870,7 +770,7 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
     (folder,) = Path("runs").iterdir()
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoint"}
-    assert json.loads((folder / "config.json").read_text("utf-8")) == dataclasses.asdict(config)
+    assert folder.name == "math-semantic-always-seed0"
     before, *steps = read_log(folder / "metrics.jsonl")
     assert before["step"] == 0 and [step["step"] for step in steps] == [1, 2, 3, 4]
     assert ["pass@1" in step for step in (before, *steps)] == [True, False, True, False, True]
@@ -885,23 +785,10 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
     for step in steps:
         rewards = [r["reward"] for r in rollouts if r["step"] == step["step"]]
         assert sum(rewards) / 16 == pytest.approx(step["reward"])
-    smepo.train(dataclasses.replace(config, name="again"))
+    smepo.train(dataclasses.replace(config, out="runs/again"))
     assert_same_run(folder, Path("runs/again"))
-    smepo.train(dataclasses.replace(config, name="other", seed=1))
+    smepo.train(dataclasses.replace(config, out="runs/other", seed=1))
     assert read_log("runs/other/metrics.jsonl") != [before, *steps]
-
-
-def test_one_folder_serves_both_splits(tmp_path, monkeypatch):
-    folder, asked = tmp_path / "both", []
-    folder.mkdir()
-    for split in ("train", "test"):
-        write_rows(folder / f"{split}.jsonl", rows(split, 6))
-    evaluate = smepo.evaluate
-    monkeypatch.setattr(smepo, "evaluate", lambda *a: asked.append(a[2]) or evaluate(*a))
-    run = smepo.train(settings(data=str(folder), test_data=str(folder), steps=1))
-    trained = {record["question"] for record in read_log(run / "rollouts.jsonl")}
-    assert trained <= {row["question"] for row in rows("train", 6)}
-    assert [p.question for p in asked[0]] == [row["question"] for row in rows("test", 6)]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "lfm2"])
@@ -926,114 +813,116 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("whole"))
         config = small(Path.cwd(), **RESUMED)
-        return smepo.train(dataclasses.replace(config, name="whole")).resolve(), config
+        return smepo.train(dataclasses.replace(config, out="whole")).resolve(), config
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_killed_again_and_again_a_run_resumes_to_the_same_bits(whole, monkeypatch, point):
     """First in the midst of a chosen call, then wherever a seed says, until it has survived."""
     rng, calls, deaths = random.Random(point), Counter(), 0
-    config = dataclasses.replace(whole[1], name="killed")
+    config = dataclasses.replace(whole[1], out="killed")
 
     def dies(name):
         calls[name] += 1
-        target = "update" if point == "truncate" and not deaths else point  # it is of a resume
-        if name == target and calls[name] == (3 if target in MANY_TIMES else 1):
+        if name == point and calls[name] == (3 if point in MANY_TIMES else 1):
             return "midst"
         return rng.choice(("before", "midst", "after")) if deaths and rng.random() < 0.06 else ""
 
     while train_and_die(config, monkeypatch, dies):
         deaths += 1
-        config.resume = True
+        if Path("killed/config.json").exists():
+            config.resume = "killed"
     assert deaths > 0
-    assert_same_run(whole[0], Path("runs/killed"))
-    names = {path.name for path in Path("runs/killed").iterdir()}  # nothing half-written is left
+    assert_same_run(whole[0], Path("killed"))
+    names = {path.name for path in Path("killed").iterdir()}  # nothing half-written is left
     assert names == {"config.json", "checkpoint", "metrics.jsonl", "rollouts.jsonl"}
-    assert not list(Path("runs/killed/checkpoint").glob("*.new"))
+    assert not list(Path("killed/checkpoint").glob("*.new"))
 
 
-def test_ctrl_c_exits_at_once_and_resume_takes_the_latest_run_with_its_settings(
-    whole, monkeypatch, capsys
-):
+def test_ctrl_c_names_the_command_to_go_on_with(whole, monkeypatch, capsys):
     def pressed(*args):
-        if args[4] == 3:
-            raise KeyboardInterrupt  # as Python does at Ctrl-C; a background job ignores the signal
+        if args[4] == after + 1:
+            raise KeyboardInterrupt  # as Python does at Ctrl-C
         return train_step(*args)
 
     train_step = smepo.train_step
-    config = whole[1]
-    with monkeypatch.context() as patch:
-        patch.setattr(smepo, "train_step", pressed)
-        assert smepo.main(flags(config)) == 130
-    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
-    (folder,) = Path("runs").iterdir()
-    assert torch.load(folder / "checkpoint/training.pt", weights_only=True)["step"] == 2
-    older = Path("runs/older")
-    shutil.copytree(folder, older)
-    os.utime(older / "config.json", (1, 1))
-    assert smepo.main(["--resume"]) == 0
-    assert_same_run(whole[0], folder)
-    assert len(read_log(older / "metrics.jsonl")) == 3  # steps 0 to 2
+    for after in (0, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(smepo, "train_step", pressed)
+            assert smepo.main(flags(whole[1]) + ["--out", f"mine{after}"]) == 130
+        hint = "to go on: python smepo.py --resume mine"
+        assert (hint in capsys.readouterr().err) == (after > 0)  # only where there is a checkpoint
+        assert smepo.main(["--resume", f"mine{after}"]) == 0
+        assert_same_run(whole[0], Path(f"mine{after}"))
 
 
 def test_resume_of_a_longer_run_and_of_a_finished_one(whole):
-    longer = dataclasses.replace(whole[1], name="longer", steps=2)
-    folder = smepo.train(longer)
+    folder = smepo.train(dataclasses.replace(whole[1], out="longer", steps=2))
     write_rows(folder / "notes.jsonl", [GOOD])  # of somebody else
     before = (folder / "notes.jsonl").read_bytes()
-    longer = dataclasses.replace(longer, steps=3, resume=True)
     for _ in range(2):  # the second has nothing left to do
-        assert_same_run(whole[0], smepo.train(longer))
+        assert smepo.main(["--resume", "longer", "--steps", "3"]) == 0
+        assert_same_run(whole[0], folder)
     assert (folder / "notes.jsonl").read_bytes() == before
 
 
-def test_a_run_folder_is_never_overwritten_and_belongs_to_one_config(tmp_path, capsys):
-    config = small(tmp_path, steps=1, name="mine")
+def test_resume_refuses_other_settings_other_data_and_no_run(whole, capsys):
+    shutil.copytree(whole[0], "mine")
+    message = refused(capsys, ["--resume", "mine", "--learning_rate", "0.5"])
+    assert message == f"smepo.py: mine was started with --learning_rate {whole[1].learning_rate}"
+    assert "no run is there" in refused(capsys, ["--resume", "nowhere"])
+    data = Path(whole[1].data)
+    before = data.read_bytes()
+    data.write_bytes(before.replace(b"Compute", b"Calculate", 1))
+    assert "the data have changed" in refused(capsys, ["--resume", "mine"])
+    data.write_bytes(before)
+
+
+def test_the_paths_of_a_task_are_not_written_so_a_clone_can_move(tmp_path):
+    config = settings(out="mine", steps=1)
+    smepo.open_run(config)
+    written = json.loads(Path("mine/config.json").read_text("utf-8"))
+    assert (written["model"], written["data"], written["test_data"]) == ("", "", "")
+    assert smepo.parse(["--resume", "mine"]) == dataclasses.replace(config, resume="mine")
+
+
+def test_a_log_that_is_torn_or_too_long_is_written_again(whole):
+    shutil.copytree(whole[0], "torn")
+    state = torch.load("torn/checkpoint/training.pt", weights_only=True)
+    torch.save(state | {"step": 2}, "torn/checkpoint/training.pt")
+    with open("torn/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "rew')
+    smepo.restore(Path("torn"), *fresh_parts(whole[1]), state["data"])
+    assert [record["step"] for record in read_log("torn/metrics.jsonl")] == [0, 1, 2]
+    assert b"\0" not in Path("torn/metrics.jsonl").read_bytes()
+
+
+def fresh_parts(config):
+    model, _ = smepo.load_model(config.model, config)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path, capsys):
+    config = small(tmp_path, steps=1, out="mine")
     folder = smepo.train(config)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    message = refused(capsys, flags(config))
-    assert "runs/mine holds a run: go on with --resume, or take another --name" in message
-    other = dataclasses.replace(config, resume=True, learning_rate=0.5, eval_every=7)
-    message = refused(capsys, flags(other))
-    assert f"--learning_rate {config.learning_rate} --eval_every {config.eval_every}" in message
+    assert "--out mine exists: --resume it" in refused(capsys, flags(config))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_runs_without_a_name_are_named_by_what_they_are_and_counted():
-    for name in ("arithmetic-semantic", "arithmetic-semantic-2", "arithmetic-semantic-3"):
-        assert smepo.run_folder(Config()) == Path("runs", name)
-        Path("runs", name).mkdir(parents=True)
-    Path("runs", "arithmetic-semantic-2").rmdir()
-    assert smepo.run_folder(Config()) == Path("runs/arithmetic-semantic-2")
-    assert smepo.run_folder(Config(guide="none")) == Path("runs/arithmetic-none")
-    assert smepo.run_folder(Config(name="mine")) == Path("runs/mine")
-
-
-def test_a_checkpoint_that_cannot_be_read_is_refused(whole, capsys):
-    shutil.copytree(whole[0], "runs/torn")
-    path = Path("runs/torn/checkpoint/training.pt")
-    path.write_bytes(path.read_bytes()[:99])
-    message = refused(capsys, ["--resume", "--name", "torn", "--steps", "9"])
-    assert f"--resume cannot read {path}" in message
+def test_runs_without_a_name_say_what_they_are_and_are_counted():
+    names = [smepo.open_run(Config(guide_when="fade", seed=7)).name for _ in range(3)]
+    assert names == [f"math-semantic-fade-seed7{end}" for end in ("", "-2", "-3")]
+    assert smepo.open_run(Config(guide="none")).name == "math-none-always-seed0"
 
 
 def test_a_run_without_matplotlib_still_ends_with_its_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(smepo, "find_spec", lambda name: None)
-    assert smepo.main(flags(small(tmp_path, steps=1, name="mine"))) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "tiny_tasks.plots", raising=False)
+    monkeypatch.delattr("tiny_tasks.plots", raising=False)
+    assert smepo.main(flags(small(tmp_path, steps=1, out="mine"))) == 0
     assert "difficulty mean" in capsys.readouterr().out
-    assert not Path("runs/mine/curve.png").exists()
-
-
-def test_a_step_that_is_not_finite_is_refused_and_the_last_checkpoint_stays(
-    tmp_path, capsys, monkeypatch
-):
-    config = small(tmp_path, steps=2, save_every=99, name="mine")
-    path = smepo.train(config) / "checkpoint" / "training.pt"
-    before, stats = path.read_bytes(), {"clip_fraction": torch.tensor(0.0)}
-    monkeypatch.setattr(smepo, "policy_loss", lambda new, *_: (new.sum() * math.nan, stats))
-    longer = dataclasses.replace(config, steps=50, resume=True)
-    assert "not finite" in refused(capsys, flags(longer), running=True)
-    assert path.read_bytes() == before
+    assert not Path("mine/curve.png").exists()
 
 
 # ---- The file alone, and the plain command -------------------------------------------------------
@@ -1045,15 +934,15 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
     shutil.copy(ROOT / "smepo.py", folder)
     config = small(tmp_path, model=str(TASKS / "arithmetic/base"), domain="math", save_every=1)
     arguments = flags(dataclasses.replace(config, mini_batches=2, max_new_tokens=32))
-    shown = run(["smepo.py", *arguments, "--name", "parts", "--steps", "2"], folder)
+    shown = run(["smepo.py", *arguments, "--out", "parts", "--steps", "2"], folder)
     assert "difficulty mean" in shown and "step 2 " in shown
     script = f"""if True:
         import smepo
-        assert smepo.main(["--resume", "--steps", "4"]) == 0
-        assert smepo.main({arguments!r} + ["--name", "whole"]) == 0"""
+        assert smepo.main(["--resume", "parts", "--steps", "4"]) == 0
+        assert smepo.main({arguments!r} + ["--out", "whole"]) == 0"""
     shown = run(["-c", script], folder)
     assert shown.count("difficulty mean") == 2 and shown.count("step 4 ") == 2
-    assert_same_run(folder / "runs/parts", folder / "runs/whole")
+    assert_same_run(folder / "parts", folder / "whole")
 
 
 # ---- Math: the verifier --------------------------------------------------------------------------
@@ -1064,95 +953,48 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
     [
         ("The answer is 16.", "16", 1.0),
         ("The answer is 16.", "6", 0.0),
-        ("The answer is 61.", "16", 0.0),
         ("The answer is 1,234.", "1234", 1.0),
-        ("The answer is 42.0", "42", 1.0),
+        ("The answer is 12,34.", "1234", 0.0),
         (r"so \boxed{-3}", "\u22123", 1.0),
         ("#### 74", "74", 1.0),
         ("<answer> 74 </answer>", "74", 1.0),
-        ("The answer is 16. No, wait: the answer is 17.", "16", 0.0),
+        ("<answer>\n74\n</answer>", "74", 1.0),
         ("The answer is 17. No, wait: the answer is 16.", "16", 1.0),
-        ("The answer is 3.5.\nSo the answer is 4.5", "4.5", 1.0),
-        ("The answer is 3.5.\nSo the answer is 4.5", "3.5", 0.0),
         ("Step 1: 2 + 2 = 16.", "16", 0.0),  # a number in passing is no answer
-        ("The answer is", "16", 0.0),
-        ("The answer is [NUMBER].", "16", 0.0),
-        ("", "16", 0.0),
         ("", "", 0.0),
+        (r"\boxed{}", "", 0.0),
+        ("#### $", "$", 0.0),  # nothing is left of it
         (r"\boxed{\frac14}", "0.25", 1.0),
-        (r"\boxed{0.25}", r"\dfrac{1}{4}", 1.0),
         (r"\boxed{\frac { 1 } { 2 }}", r"\frac{1}{2}", 1.0),
         (r"\boxed{\frac{1}{23}}", r"\frac{12}{3}", 0.0),
         (r"\boxed{1/0}", "0", 0.0),
-        ("The answer is .5.", "0.5", 1.0),
         ("The answer is .5.", "5", 0.0),
-        (r"\boxed{2 \frac{1}{2}}", "5/2", 1.0),
-        (r"\boxed{-2 \frac{1}{2}}", "-5/2", 1.0),
-        (r"\boxed{2½}", "2.5", 1.0),
         ("#### 50%", r"50\%", 1.0),
         (r"\boxed{50\%}", "0.5", 0.0),
-        (r"\boxed{3 \times 10^{8}}", "300000000", 1.0),
-        ("The answer is 12,34.", "1234", 0.0),
-        ("The answer is 1.234.", "1234", 0.0),
-        ("The answer is forty-two.", "42", 1.0),
-        ("The answer is seven thousand two hundred.", "7200", 1.0),
-        ("The answer is two million four hundred thousand.", "2400000", 1.0),
-        ("The answer is twelve dozen.", "144", 1.0),
-        ("The answer is two three.", "5", 0.0),
-        ("The answer is (twenty, five).", "25", 0.0),
-        ("The answer is 5 or six.", "5", 0.0),
-        ("The answer is one third.", "4", 0.0),
-        ("The answer is $42$.", "42", 1.0),
-        ("The answer is 3 4.", "7", 0.0),
+        ("The answer is 3 4.", "34", 0.0),
         ("The answer is 1e999999999.", "42", 0.0),
         (f"The answer is {'9' * 5000}.", "42", 0.0),
-        ("The answer is 0.3333.", "1/3", 0.0),
-        ("The answer is x = 5.", "5", 1.0),
         ("The answer is $5.", "5", 1.0),
-        ("The answer is 5 dollars.", "5", 1.0),
-        (r"\boxed{12 \text{ cm}^2}", "12", 1.0),
-        (r"\boxed{5\pi}", "5", 0.0),
-        (r"\boxed{3 million}", "3", 0.0),
-        (r"\boxed{5}. The answer is correct.", "5", 1.0),
-        (r"\boxed{5}. The answer is", "5", 1.0),
+        ("The answer is 5 dollars.", "5", 0.0),  # units are math_verify's
+        ("#### 5 < x", "5", 0.0),
+        ("<answer>x < 5</answer>", "x<5", 1.0),
         (r"The answer is \boxed{\text{(B)}}.", "B", 1.0),
         ("The answer is b.", "(B)", 1.0),
+        ("The answer is (B) 5 metres.", "B", 1.0),
         ("The answer is (A) or (B).", "(B)", 0.0),
-        ("The answer is not B.", "B", 0.0),
-        (r"\boxed{x^{2} + 6x+11}", "x^2+6x+11", 1.0),
-        (r"\boxed{x^2-6x+11}", "x^2+6x+11", 0.0),
-        (r"\boxed{[2, 5)}", "[2,5)", 1.0),
+        ("The answer is C or D", "C", 0.0),
+        (r"\boxed{x^2 + 6x+11}", "x^2+6x+11", 1.0),
         (r"\boxed{(2, 5)}", "[2,5)", 0.0),
-        (r"\boxed{\left(1, 234\right)}", "1234", 0.0),
-        ("The answer is 1/2.", "2", 0.0),
         (r"\boxed{\frac{a}{bc}}", r"\frac{ab}{c}", 0.0),
-        (r"\boxed{2π}", r"2\pi", 1.0),
-        (r"\boxed{16} and then \boxed{17}", "16", 0.0),
-        (r"\boxed{1} #### 16", "16", 1.0),
-        (r"The answer is 16. \boxed{17}", "16", 0.0),
+        (r"\boxed{1} #### 16", "1", 1.0),  # a box comes first, whatever follows
         (r"\boxed{16", "16", 0.0),
         (r"<answer>\boxed{5}</answer>", "5", 1.0),
         (r"\boxed{\boxed{5}}", "5", 1.0),
+        (r"\boxed 7 is it", "7", 1.0),
         ("Final Answer: The final answer is $5$. I hope it is correct.", "5", 1.0),
-        (r"\boxed{5\,\mathrm{cm}}", "5", 1.0),
-        (r"The answer is \(5\).", "5", 1.0),
-        (r"\boxed{\binom{1}{2} \\ -2}", r"\binom{1}{2}\\-2", 1.0),
-        (r"\boxed{10000000000000000}", "1e+16", 1.0),
-        (r"\boxed{twenty - one}", "21", 0.0),
-        *((f"The answer is 5 {rest}.", "5", 0.0) for rest in ("and six", "or 6", "not six", "pi")),
-        *((f"The answer is 5 {rest}.", "5", 0.0) for rest in ("tenths", "halves", "hundredths")),
-        *((f"The answer is 5 {rest}.", "5", 0.0) for rest in ("millions", "trillion", "plus two")),
-        *(
-            (f"The answer is 5 {unit}.", "5", 1.0)
-            for unit in ("seconds", "times", "feet per second")
-        ),
-        ("The answer is 30 sixth graders.", "30", 1.0),
-        ("The answer is forty  two.", "42", 1.0),
-        (r"\boxed{1\text{,}000}", "1000", 1.0),
-        (r"\fbox{5}", "5", 1.0),
-        ("<answer>Answer: 5</answer>", "5", 1.0),
-        ("**Answer:** Thursday", "thursday", 1.0),
-        ("The answer is no.", "yes", 0.0),
+        ("The answer is:\n\\[\n5\n\\]", "5", 1.0),
+        ("**Answer**: `13`", "13", 1.0),
+        ("<answer>2001-03-01</answer>", "2001-03-01", 1.0),
     ],
 )
 def test_reward(completion, truth, expected):
@@ -1162,85 +1004,46 @@ def test_reward(completion, truth, expected):
 # ---- Math: what is hidden ------------------------------------------------------------------------
 
 
-RULES = {}  # example: (action, pattern)
-for action, body in re.findall(r"\(\?P<(\w+)>\n(.*?)\n    \)", smepo.RULES.pattern, re.DOTALL):
-    for pattern, example in re.findall(r"^ {6}[ |] ((?s:.+?))  # (.+)$", body, re.MULTILINE):
-        RULES[example] = action, pattern
-
-
-@pytest.mark.parametrize("example", RULES)
-def test_every_rule_acts_on_its_example(example):
-    action, pattern = RULES[example]
-    others = [other for _, other in RULES.values() if other != pattern]
-    flags = re.VERBOSE | re.MULTILINE
-    rules = re.findall(r"^ {6}[ |] \S", smepo.RULES.pattern, re.MULTILINE)
-    assert len(RULES) == len(rules) and re.search(pattern, example, flags)
-    text = f"so\n{example}"
-    masked = smepo.mask_trace(text, "math", "none")
-    assert (masked == text) == (action in ("keep", "equal"))
-    if action == "keep":  # nothing else would keep it
-        rest = re.compile("|".join(others) + "|[A-Za-z]+", flags)
-        assert pattern == smepo.MASK or any(
-            re.search(r"\d", match[0]) for match in rest.finditer(text)
-        )
+@pytest.mark.parametrize("rule", smepo.RULES, ids=lambda rule: rule[2])
+def test_every_rule_acts_on_its_example_and_no_other_would(rule):
+    action, pattern, example = rule
+    assert re.search(pattern, example, re.MULTILINE)
+    masked = smepo.mask_trace(f"so\n{example}", "math", "none")
+    assert (masked == f"so\n{example}") == (action == "keep")
 
 
 @pytest.mark.parametrize(
     "text, masked",
     [
-        ("Step 1: 7 − 6 = 1.", "Step 1: [NUMBER] − [NUMBER] = [NUMBER]."),
-        ("STEP 2) By Theorem 4.2, 9 | n.", "STEP 2) By Theorem 4.2, [NUMBER] | n."),
+        ("Step 1: 7 \u2212 6 = 1.", "Step 1: [NUMBER] \u2212 [NUMBER] = [NUMBER]."),
+        ("By Theorem 4.2, 9 divides n", "By Theorem 4.2, [NUMBER] divides n"),
         ("Cases 1, 2 and 3 give 9", "Cases 1, 2 and 3 give [NUMBER]"),
-        ("case 3 gives 9", "case 3 gives [NUMBER]"),
-        ("the worst case 17 draws", "the worst case [NUMBER] draws"),
-        ("each step 18 cm", "each step [NUMBER] cm"),
-        ("in this case 18 is left", "in this case [NUMBER] is left"),
-        (
-            "that case 7, which part 7; each step 7",
-            "that case [NUMBER], which part [NUMBER]; each step [NUMBER]",
-        ),
-        ("the part 45/72", "the part [NUMBER]/[NUMBER]"),
+        ("in the worst case 17 draws", "in the worst case [NUMBER] draws"),
         ("1. Let x_1 be 4.", "1. Let x_1 be [NUMBER]."),
-        ("## 2.1 Counting 7", "## 2.1 Counting [NUMBER]"),
-        ("3.75 litres", "[NUMBER] litres"),
         ("it is\n72.\nDone.", "it is\n[NUMBER].\nDone."),
         ("a_{n+1} = a_n + 2, x₁ = 3", "a_{n+1} = a_n + [NUMBER], x₁ = [NUMBER]"),
         (r"\log_2 8 \tag{2}", r"\log_[NUMBER] [NUMBER] \tag{2}"),
         ("n(n-3)/2", "n(n-[NUMBER])/[NUMBER]"),
-        (r"\frac{n(n+1)}{2}", r"\frac{n(n+[NUMBER])}{[NUMBER]}"),
-        ("12,480 or 15{,}600 or −17", "[NUMBER] or [NUMBER] or [NUMBER]"),
-        ("½ of 2⁵ is -3.5%, the 21st", "[NUMBER] of [NUMBER] is [NUMBER], the [NUMBER]"),
+        ("12,480 or 15{,}600 or \u221217", "[NUMBER] or [NUMBER] or [NUMBER]"),
+        ("½ of 2⁵ is -3.5%, the 21st", "[NUMBER] of [NUMBER][NUMBER] is [NUMBER], the [NUMBER]"),
         ("<<18*7=126>>126", "<<[NUMBER]*[NUMBER]=[NUMBER]>>[NUMBER]"),
-        ("forty-two, two-thirds, sixty four", "[NUMBER], [NUMBER], [NUMBER]"),
-        ("one can check the two roots", "one can check the two roots"),
-        (
-            "the tens digit and zeros, 2 m per second",
-            "the tens digit and zeros, [NUMBER] m per second",
-        ),
+        ("forty-two, one can check", "[NUMBER], one can check"),
         (r"the angle is \pi. \boxed{\pi}", r"the angle is [ANSWER]. \boxed{[ANSWER]}"),
-        (r"so π = \boxed{\pi}", r"so [ANSWER] = \boxed{[ANSWER]}"),
-        (r"it is x^2 + 6x. \boxed{x^2+6x}", r"it is [ANSWER]. \boxed{[ANSWER]}"),
+        (r"\boxed{42} or \boxed{x+1}", r"\boxed{[NUMBER]} or \boxed{[ANSWER]}"),
         (r"is $\sqrt{3}$. #### \sqrt{3}", "is $[ANSWER]$. #### [ANSWER]"),
         ("on Thursday. The answer is Thursday.", "on [ANSWER]. The answer is [ANSWER]."),
-        ("There is no such n. #### no", "There is no such n. #### [ANSWER]"),
+        (
+            "Choice B is right, A and C are not. #### B",
+            "Choice [ANSWER] is right, [ANSWER] and [ANSWER] are not. #### [ANSWER]",
+        ),
+        ("A side a of f(A) = A_1. #### A", "A side a of f([ANSWER]) = A_1. #### [ANSWER]"),
         (r"\boxed{[NUMBER]}", r"\boxed{[NUMBER]}"),
-        ("from (1) and (2), (3)", "from (1) and (2), ([NUMBER])"),
-        ("no numbers here", "no numbers here"),
         ("", ""),
-        ("By Theorem 4.2, 9 divides n", "By Theorem 4.2, [NUMBER] divides n"),
     ],
 )
 def test_mask(text, masked):
     assert smepo.mask_trace(text, "math") == masked
     assert smepo.mask_trace(masked, "math") == masked
-
-
-@pytest.mark.parametrize(
-    "answer, text", [("1", "one of them"), ("2", "the two roots"), ("6", "sixth")]
-)
-def test_small_words_are_hidden_if_they_are_the_answer(answer, text):
-    assert "[NUMBER]" in smepo.mask_trace(text, "math", answer)
-    assert smepo.mask_trace(text, "math", "7") == text
 
 
 def test_an_answer_is_not_looked_for_inside_a_mask():
@@ -1253,47 +1056,28 @@ def test_an_answer_is_not_looked_for_inside_a_mask():
 @pytest.mark.parametrize(
     "text, answer, leaky",
     [
-        ("so x is 0.5", r"\frac12", True),
-        ("half of it", "1/2", True),
         ("so it is forty-two", "42", True),
         ("We get:\n42 is it", "42", True),
         (r"we take (\text{C})", "C", True),
-        ("## 4.2 is it", "4.2", False),
         ("so it is 42.0", "42", True),
-        ("that is 1,234 or 1{,}234", "1234", True),
+        ("that is 1,234", "1234", True),
         ("it is [NUMBER] - 17 floors", "-17", True),
-        ("the 6th platform", "6", True),
-        ("the sixth platform", "6", True),
-        ("one hundred and five", "105", True),
-        ("it is 3.50 in all", "3.5", True),
-        ("a cost of $5", "5 dollars", True),
         (r"is \frac{3}{4}", "0.75", True),
-        (r"is 2\frac{1}{4}", "9/4", True),
         ("[NUMBER]+3=7", "7", True),
-        (r"is 3 \times 10^{8}", "3e8", True),
-        ("an angle of π", r"\pi", True),
         ("it is x ^ {2} + 1", "x^2+1", True),
         (r"it is \sqrt{3}", r"\sqrt 3", True),
-        ("it is Thursday", "Thursday", True),
         ("it is THURSDAY", r"\text{Thursday}", True),
-        ("the answer is B", "(B)", True),
-        ("Ans: 2/5 B", "B", True),
-        ("Therefore (B) 47", "B", True),
         ("so the answer is no.", "no", True),
-        ('the answer to the question is "Yes."', "Yes", True),
-        ("<answer> No </answer>", "no", True),
         ("Step 42: it is [NUMBER]", "42", False),
         ("Case 2. By Theorem 4.2 and Lemma 2", "2", False),
-        ("1. Let x_1 be\n(2) the sum (3)", "2", False),
-        (r"x_42 and y_{42} \tag{42}", "42", False),
+        ("1. Let x_1 be\n(2) the sum", "2", False),
         ("so it is 43 of 421", "42", False),
         ("[NUMBER] [ANSWER]", "7", False),
         ("the [ANSWER] to the number", "number", True),
-        ("see part (b) of B", "(B)", False),
-        ("there is no such n", "no", False),
+        ("a point B_1 of f(B)", "B", True),
         ("an eastern wind", "east", False),
         ("", "42", False),
     ],
 )
-def test_leaks_sees_every_spelling_and_no_label(text, answer, leaky):
+def test_leaks(text, answer, leaky):
     assert smepo.leaks(text, answer, "math") is leaky

@@ -114,8 +114,8 @@ def flags(config: Config) -> list[str]:
     """The command line of a Config."""
     words = []
     for name, value in asdict(config).items():
-        if value not in (None, []):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if value != "":
+            words += [f"--{name}", str(value)]
     return words
 
 
@@ -133,8 +133,8 @@ def problem(base, question="Compute 7 - 6 + 3 * 5", trace=TRACE, answer="16") ->
     """One problem as load_problems would make it, guided by its semantic mask."""
     guide = smepo.mask_trace(trace, "math", answer)
     texts = [smepo.build_prompt(base[1], question, text) for text in ("", guide)]
-    plain, guided = base[1](texts, add_special_tokens=False)["input_ids"]
-    return Problem(question, answer, trace, "3", guide, False, plain, guided)
+    prompts = base[1](texts, add_special_tokens=False)["input_ids"]
+    return Problem(question, answer, trace, "3", guide, False, prompts)
 
 
 def make_group(base, rewards: list[float], guided: bool = True) -> list[Rollout]:
@@ -143,9 +143,9 @@ def make_group(base, rewards: list[float], guided: bool = True) -> list[Rollout]
     p, group = problem(base), []
     for i, reward in enumerate(rewards):
         ids = torch.randint(10, 60, (3 + 2 * i,)).tolist() + [base[1].eos_token_id]
-        prompt = p.guided_ids if guided else p.question_ids
-        text = base[1].decode(ids)
-        group.append(Rollout(p, guided, prompt, ids, [1] * len(ids), text, True, reward))
+        text, sampled, solved = base[1].decode(ids), [1] * len(ids), reward == 1
+        r = Rollout(p, guided, p.prompts[guided], ids, sampled, text, True, reward, solved)
+        group.append(r)
     return group
 
 
@@ -225,7 +225,7 @@ class Killed(BaseException):
 
 
 MANY_TIMES = {"sample": smepo, "update": smepo, "append": smepo, "save": torch, "replace": os}
-KILL_POINTS = MANY_TIMES | {"truncate": os, "save_pretrained": LlamaForCausalLM}
+KILL_POINTS = MANY_TIMES | {"save_pretrained": LlamaForCausalLM}
 
 
 def train_and_die(config: Config, monkeypatch, dies) -> bool:
