@@ -1,16 +1,17 @@
-"""`python smepo.py export`: guided prompts for the engines that scale out.
+"""`python -m tiny_tasks.export`: guided prompts for the engines that scale out.
 
 SMEPO changes the prompt alone, so any GRPO engine runs it on a file of masked prompts. Its flags
 are those of a run, as --data, --columns, --domain, --system, --guide and --seed, and these:
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import datasets
 
 import smepo
-from tiny_tasks.toys import to_jsonl
+from tiny_tasks import toys
 
 
 def to_trl(messages: list[dict], problem: smepo.Problem, domain: str, index: int) -> dict:
@@ -44,11 +45,11 @@ def write(rows: list[dict], out: Path) -> None:
         if out.suffix == ".parquet":
             datasets.Dataset.from_list(rows).to_parquet(new)
         else:
-            new.write_bytes(to_jsonl(rows))
+            new.write_bytes(toys.to_jsonl(rows))
 
 
-def main(arguments: list[str]) -> None:
-    settings = {"prog": "smepo.py export", "exit_on_error": False, "allow_abbrev": False}
+def main(arguments: list[str] | None = None) -> None:
+    settings = {"prog": "export", "exit_on_error": False, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **settings)
     parser.add_argument("--format", choices=list(FORMATS), required=True)
     leaks = "rows whose guide gives the answer away"
@@ -58,7 +59,9 @@ def main(arguments: list[str]) -> None:
     given, rest = parser.parse_known_args(arguments)
     if given.out.suffix not in (".jsonl", ".parquet"):
         raise smepo.UserError(f"--out {given.out}: it must end in .jsonl or .parquet")
-    config = smepo.parse(rest)
+    config = smepo.parse([*rest, "--test_data", "none"])
+    if given.out.exists() and given.out.samefile(config.data):
+        raise smepo.UserError(f"--out {given.out} is --data itself: it would be overwritten")
     problems = smepo.read_problems(config.data, config.guide, config)
     rows = []
     for index, problem in enumerate(problems):
@@ -73,3 +76,7 @@ def main(arguments: list[str]) -> None:
         f"{given.out}: {len(rows)} of {len(problems)} rows; {leaky} guides leak the answer "
         f"(leak rate {leaky / len(problems):.3f}), leaks: {given.leaks}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(toys.command(main))

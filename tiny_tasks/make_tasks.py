@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def files_of(task: str, seed: int) -> dict[Path, bytes]:
-    toy, room = toys.find(task), HERE / smepo.TOYS[task]
+    toy, room = toys.find(task), HERE / task
     files = {
         "train.jsonl": toys.draw_rows(toy, seed, toy.TRAIN, held_out=False),
         "test.jsonl": toys.draw_rows(toy, seed + 1, toy.TEST, held_out=True),

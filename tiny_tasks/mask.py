@@ -1,4 +1,4 @@
-"""`python smepo.py mask`: what is hidden of one trace, or of a whole file of traces."""
+"""`python -m tiny_tasks.mask`: what is hidden of one trace, or of a whole file of traces."""
 
 import argparse
 import re
@@ -12,6 +12,7 @@ from statistics import mean
 from tqdm import tqdm
 
 import smepo
+from tiny_tasks import toys
 
 Cells = list[tuple[str, bool]]  # characters, and whether each is hidden or a mask
 
@@ -23,6 +24,17 @@ def paint(cells: Cells) -> str:
         text = "".join(char for char, _ in run)
         parts.append(f"\033[7m{text}\033[0m" if marked and colour else text)
     return "".join(parts)
+
+
+def merged(spans: list[smepo.Span]) -> list[smepo.Span]:
+    """As replace_spans shows them: those that overlap are one, with the first one's mask."""
+    parts: list[smepo.Span] = []
+    for start, end, mask in spans:
+        if parts and start < parts[-1][1]:
+            start, last, mask = parts.pop()
+            end = max(end, last)
+        parts.append((start, end, mask))
+    return parts
 
 
 def wrap(cells: Cells, width: int) -> list[Cells]:
@@ -60,7 +72,7 @@ def side_by_side(trace: str, spans: list[smepo.Span], width: int) -> list[str]:
 def show_trace(trace: str, domain: str, answer: str) -> None:
     """One trace beside its mask, and the verdict."""
     answer = answer or smepo.stated(trace)
-    spans = smepo.hidden_spans(trace, domain, answer)
+    spans = merged(smepo.hidden_spans(trace, domain, answer))
     width = shutil.get_terminal_size().columns
     print("\n".join(side_by_side(trace, spans, max(20, width // 2 - 2))))
     plural = "" if len(spans) == 1 else "s"
@@ -84,7 +96,7 @@ def show_data(config: smepo.Config) -> None:
     arms = {"full": [], "prefix": [], "random": [], "semantic": []}
     for p in tqdm(problems):
         prefix = smepo.guide_trace(p.trace, "prefix", config.domain)
-        semantic = smepo.hidden_spans(p.trace, config.domain, p.answer)
+        semantic = merged(smepo.hidden_spans(p.trace, config.domain, p.answer))
         spans = {
             "full": [],
             "prefix": [(len(prefix), len(p.trace), "")],
@@ -102,23 +114,26 @@ def show_data(config: smepo.Config) -> None:
         print(f"{guide:<8}  {leak_rate:<9.3f}  {spans:<13.1f}  {text:.3f}")
 
 
-def main(arguments: list[str]) -> None:
-    settings = {"prog": "smepo.py mask", "exit_on_error": False, "allow_abbrev": False}
+def main(arguments: list[str] | None = None) -> None:
+    settings = {"prog": "mask", "exit_on_error": False, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **settings)
-    parser.add_argument("--domain", help="math, code, search or your own module")
+    parser.add_argument("--domain", default="math", help="math, code, search or your own module")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", help="a text file with one trace; without it, standard input")
     source.add_argument("--data", help="problems with traces, as a run takes them")
     parser.add_argument("--answer", default="", help="ground truth; else what the trace states")
-    parser.add_argument("--columns", nargs="+", default=[], help="of --data, as a run takes them")
     given, rest = parser.parse_known_args(arguments)
     if rest:
         raise smepo.UserError(f"unknown flag {rest[0]}: mask --help lists them all")
-    config = smepo.Config(domain=given.domain, data=given.data, columns=given.columns)
     if given.data:
-        return show_data(config)
+        files = {"data": given.data, "test_data": given.data}
+        return show_data(smepo.Config(domain=given.domain, **files))
     raw = Path(given.trace).read_bytes() if given.trace else sys.stdin.buffer.read()
     trace = raw.decode("utf-8-sig", errors="replace").strip("\r\n")
     if not trace.strip():
         raise smepo.UserError(f"{given.trace or 'standard input'} is empty: give a trace to mask")
-    show_trace(trace, config.domain, given.answer)
+    show_trace(trace, given.domain, given.answer)
+
+
+if __name__ == "__main__":
+    sys.exit(toys.command(main))

@@ -172,7 +172,7 @@ def save(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=list(smepo.TOYS), default="arithmetic")
+    parser.add_argument("--task", choices=smepo.TOYS, default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
     parser.add_argument("--steps", type=toys.at_least_1, help="else as the task's base took")
     parser.add_argument("--batch_size", type=toys.at_least_1, default=128)

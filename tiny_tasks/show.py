@@ -1,4 +1,4 @@
-"""`python smepo.py show`: one training step by hand, as text or as a page to project.
+"""`python -m tiny_tasks.show`: one training step by hand, as text or as a page to project.
 
 `take_step` calls what the training calls, for one problem; `explain` makes sections of it, which
 are printed or become a page.
@@ -8,6 +8,7 @@ import argparse
 import io
 import math
 import re
+import statistics
 import sys
 import textwrap
 from contextlib import redirect_stdout
@@ -19,12 +20,13 @@ import torch
 
 import smepo
 from smepo import Config, Rollout, UserError
+from tiny_tasks import toys
 
 TRIES = 20  # problems, until the rollouts of one are neither all wrong nor all right
 STEP = 1  # the training of the same seed begins with the same problem
 WIDTH = 100
 HIDDEN, RIGHT, WRONG, END = SIGNS = "\ue000\ue001\ue002\ue003"  # around a marked word
-PLAIN = dict.fromkeys(SIGNS, "")
+PLAIN = {HIDDEN: "«", RIGHT: "«", WRONG: "«", END: "»"}  # on a pipe, too
 COLOURS = {HIDDEN: "\033[7m", RIGHT: "\033[1;32m", WRONG: "\033[1;31m", END: "\033[0m"}
 TAGS = {HIDDEN: "<b>", RIGHT: "<b class=right>", WRONG: "<b class=wrong>", END: "</b>"}
 HEAD = """<!DOCTYPE html>
@@ -33,7 +35,8 @@ body { font: 22px/1.4 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 
 td { font-family: monospace; white-space: pre-wrap; vertical-align: top; padding: 0 .5em }
 tr:first-child > :not(:only-child) { font-weight: bold; border-bottom: 2px solid }
 b { background: #222; color: #fff } .right { background: #05652b } .wrong { background: #b00020 }
-</style></head><body>"""
+</style></head><body><h1>One step of SMEPO</h1>"""
+EQUATIONS = "context    c" + smepo.__doc__.partition("context    c")[2].partition("Shapes")[0]
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Step:
     skipped: list[str]  # a line on each problem before it, which had nothing to teach
     before: list[list[float]]  # log pi_old of each rollout's tokens, 0 where one was told
     after: list[list[float]]  # log pi, once the optimizer has moved it
+    bare: list[float]  # log pi_old of each rollout under the question without a guide
     stats: dict  # what `update` returns
 
 
@@ -59,24 +63,22 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     with redirect_stdout(io.StringIO()):  # without the line on columns
         problems = smepo.load_problems(config.data, config.guide, tokenizer, config)
     skipped = []
-    for problem in smepo.draw_problems(problems, TRIES, STEP, config):
+    for problem in smepo.draw_problems(problems, STEP, replace(config, prompts_per_step=TRIES)):
         rollouts, _ = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
         rewards = [r.reward for r in rollouts]
         if smepo.group_advantages(rewards, len(rewards)).any():
             return rollouts, skipped
         reason = f"all {len(rewards)} rollouts earn {rewards[0]:g}, so every advantage is 0"
         skipped.append(f"Passed over: {mark(problem.question)}: {reason}, and the gradient.")
-    message = f"{TRIES} problems have nothing to teach; in the last, {reason}"
-    raise UserError(f"{message}: take another --seed or --guide")
+    return rollouts, [f"{TRIES} problems in a row have nothing to teach; this is the last."]
 
 
 @torch.no_grad()
 def logprobs(model, rollouts: list[Rollout], config) -> list[list[float]]:
     scored = []
     for r in rollouts:
-        one = [replace(r, advantage=1.0)]  # with 0 it would be left out
-        (batch,) = smepo.micro_batches(one, model.device, config)
-        scored += (smepo.score(model, batch, config) * batch.sampled).tolist()
+        found, sampled = smepo.score(model, [r], config)
+        scored += (found * sampled).tolist()
     return scored
 
 
@@ -87,9 +89,11 @@ def take_step(config: Config) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     rollouts, skipped = find_group(model, tokenizer, config)
     before = logprobs(model, rollouts, config)
+    unguided = [replace(r, prompt_ids=r.problem.prompts[False]) for r in rollouts]
+    bare = [sum(tokens) for tokens in logprobs(model, unguided, config)]
     stats = smepo.update(model, tokenizer, optimizer, rollouts, config)
     after = logprobs(model, rollouts, config)
-    return Step(config, tokenizer, rollouts, skipped, before, after, stats)
+    return Step(config, tokenizer, rollouts, skipped, before, after, bare, stats)
 
 
 def mark(text: str, spans=None, sign: str = HIDDEN) -> str:
@@ -122,12 +126,20 @@ def explain_prompt(step: Step) -> list[Section]:
     trace = mark(p.trace, smepo.hidden_spans(p.trace, config.domain, p.answer))
     leak = f"The answer can{'' if p.leaky else 'not'} be read off it."
     prompt = mark(step.tokenizer.decode(r.prompt_ids))
-    read = "It samples from this, so π and π_old of the ratio are given this, guide and all."
+    question = Section("Question x", [*step.skipped, truth], [[mark(p.question)]])
+    if not r.guided:
+        return [question, Section("Prompt c", ["The question alone."], [[prompt]])]
+    reads = [
+        "It samples from this, so π and π_old of the ratio are given this, guide and all.",
+        f"Under the bare question rollout 1 has log π {step.bare[0]:.3g}, not "
+        f"{sum(step.before[0]):.3g}: a ratio of the two would be far from 1 before any weight "
+        "has moved, and the clip would cut off what was learned.",
+    ]
     return [
-        Section("Question x", [*step.skipped, truth], [[mark(p.question)]]),
+        question,
         Section("Trace t", ["Marked is what the reward hangs on."], [[trace]]),
         Section(f"Guide {config.guide}: what is shown of t", [leak], [[mark(p.guide) or "-"]]),
-        Section("Prompt c", [read], [[prompt]]),
+        Section("Prompt c", reads, [[prompt]]),
     ]
 
 
@@ -136,9 +148,19 @@ def explain_group(step: Step) -> Section:
     for i, r in enumerate(step.rollouts, start=1):
         completion = mark_rewarded(r, step.config.domain)
         table.append([i, r.reward, r.advantage, sum(r.sampled), completion])
-    mean = sum(r.reward for r in step.rollouts) / len(step.rollouts)
-    note = f"A, the advantage, says how far a reward is from the mean of its group, here {mean:g}."
-    return Section(f"{len(step.rollouts)} rollouts, a group", [note], table)
+    rewards, n = [r.reward for r in step.rollouts], len(step.rollouts)
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+    total = sum(r.advantage for r in step.rollouts)
+    notes = [
+        f"The mean of the rewards is {mean:g}. Their std is {std:.3g}: the root of the sum of "
+        f"(reward - mean)² / {n - 1}, which is n - 1.",
+        f"The advantage A = (reward - mean) / std; the sum of the {n} of them is {total:.1g}.",
+    ]
+    if std == 0:
+        notes.append("All rewards are equal, so all A are 0: nothing of this group is learned.")
+    if step.config.advantage_scale == "none":
+        notes[1] = f"The advantage A = reward - mean; the sum of the {n} of them is {total:.1g}."
+    return Section(f"{n} rollouts, a group", notes, table)
 
 
 def token_cells(new: float, old: float, count: int, r: Rollout, config) -> list:
@@ -152,8 +174,6 @@ def token_cells(new: float, old: float, count: int, r: Rollout, config) -> list:
 def explain_tokens(step: Step, i: int) -> Section:
     config, r = step.config, step.rollouts[i]
     count = len(step.rollouts) * sum(r.sampled)  # the mean is over a rollout, then over the group
-    if config.aggregation == "token":
-        count = sum(sum(other.sampled) for other in step.rollouts)
     update = ["log π", "ratio", "clip", "share"]
     table = [["t", "token", "log π_old", *update[1:], *update]]
     for t, (old, new) in enumerate(zip(step.before[i], step.after[i], strict=True)):
@@ -174,11 +194,11 @@ def explain_tokens(step: Step, i: int) -> Section:
 
 
 def explain_update(step: Step, i: int) -> Section:
-    table = [["i", "A", "log π_old(o|c)", "log π(o|c)", "π_old(o|c)", "π(o|c)", "π / π_old"]]
+    table = [["i", "A", "share of loss", "log π_old(o|c)", "log π(o|c)", "π_old(o|c)", "π / π_old"]]
     for n, r in enumerate(step.rollouts):
         old, new = sum(step.before[n]), sum(step.after[n])
-        row = [n + 1, r.advantage, old, new]
-        table.append([*row, math.exp(old), math.exp(new), math.exp(new - old)])
+        row = [n + 1, r.advantage, -r.advantage / len(step.rollouts), old, new]
+        table.append([*row, math.exp(old), math.exp(new - old)])
     way = "rises" if sum(step.after[i]) > sum(step.before[i]) else "falls"
     loss, norm = step.stats["loss"], step.stats["grad_norm"]
     notes = [
@@ -193,8 +213,11 @@ def explain_update(step: Step, i: int) -> Section:
 def explain(step: Step) -> list[Section]:
     advantages = [r.advantage for r in step.rollouts]
     best = advantages.index(max(advantages))
-    parts = explain_group(step), explain_tokens(step, best), explain_update(step, best)
-    return [*explain_prompt(step), *parts]
+    sections = [*explain_prompt(step), explain_group(step)]
+    if not any(advantages):
+        notes = ["Every A is 0, so the gradient is 0, and AdamW takes no step."]
+        return [*sections, Section("No gradient", notes, [])]
+    return [*sections, explain_tokens(step, best), explain_update(step, best)]
 
 
 def as_cells(row: list) -> list[str]:
@@ -205,7 +228,7 @@ def as_text(section: Section) -> str:
     title = f"── {section.title} ".ljust(WIDTH, "─")
     lines = ["", title, *(textwrap.fill(note, WIDTH) for note in section.notes)]
     table = [as_cells(row) for row in section.table]
-    columns = list(zip(*table, strict=True))[:-1]
+    columns = list(zip(*table, strict=True))[:-1] if table else []
     widths = [max(map(len, column)) + 2 for column in columns]
     for *cells, last in table:
         lead = "".join(map(str.ljust, cells, widths))
@@ -218,7 +241,7 @@ def as_text(section: Section) -> str:
 
 
 def as_page(sections: list[Section]) -> str:
-    parts = [HEAD]
+    parts = [HEAD, f"<pre>{escape(EQUATIONS)}</pre>"]
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
         parts += [f"<p>{escape(note)}</p>" for note in section.notes]
@@ -230,10 +253,10 @@ def as_page(sections: list[Section]) -> str:
     return "\n".join([*parts, "</body></html>", ""]).translate(str.maketrans(TAGS))
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     about = "One training step by hand. The flags of the training hold here, too: smepo.py --help"
     exact = {"exit_on_error": False, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("smepo.py show", description=about, **exact)
+    parser = argparse.ArgumentParser("show", description=about, **exact)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, too")
     given, rest = parser.parse_known_args(arguments)
     if given.html and (given.html.is_dir() or not given.html.parent.is_dir()):
@@ -244,3 +267,8 @@ def main(arguments: list[str]) -> None:
     if given.html:
         with smepo.replacing(given.html) as new:
             new.write_text(as_page(sections), encoding="utf-8")
+        print(f"\nThe page is {given.html}")
+
+
+if __name__ == "__main__":
+    sys.exit(toys.command(main))

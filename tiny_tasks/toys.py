@@ -1,6 +1,6 @@
 """What the toys share: a split that needs no list, rows in the official schema, a copying test.
 
-A toy is a module `tiny_tasks/<room>/toy.py` with these names. A problem is whatever it likes.
+A toy is a module `tiny_tasks/<task>/toy.py` with these names. A problem is whatever it likes.
 
     TRAIN, TEST                     {difficulty k: number of problems}
     draw_problem(rng, k)            a problem of difficulty k
@@ -13,6 +13,7 @@ A toy is a module `tiny_tasks/<room>/toy.py` with these names. A problem is what
     PHRASES, WORDS, PIECES          the vocabulary of the base: whole phrases, words, how to split
 """
 
+import argparse
 import json
 import random
 import sys
@@ -34,7 +35,7 @@ def command(main) -> int:
     """The exit code of a script: bad input is said in one line."""
     try:
         main()
-    except (smepo.UserError, OSError) as error:
+    except (smepo.UserError, argparse.ArgumentError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -42,7 +43,7 @@ def command(main) -> int:
 
 def find(task: str):
     """The toy of a task: arithmetic, code or search."""
-    return import_module(f"tiny_tasks.{smepo.TOYS[task]}.toy")
+    return import_module(f"tiny_tasks.{task}.toy")
 
 
 def is_held_out(question: str) -> bool:
@@ -89,6 +90,6 @@ def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float 
         trace, answer = toy.altered(problem.question, random.Random(problem.question))
         prompt = smepo.build_prompt(tokenizer, problem.question, trace)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        misled.append(replace(problem, answer=answer, guided_ids=ids))
+        misled.append(replace(problem, answer=answer, prompts=[problem.prompts[False], ids]))
     rollouts = smepo.rollout(model, tokenizer, misled, [True] * len(misled), config)
     return sum(rollout.reward for rollout in rollouts) / len(rollouts)

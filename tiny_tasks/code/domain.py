@@ -7,7 +7,7 @@ but not what computes: `dp[i-1] + dp[i-2]` is the solution.
 import re
 
 from smepo import Domain, Span
-from tiny_tasks.coding import judge
+from tiny_tasks.code import judge
 
 # ---- The mask: one rule an entry, the first that fits wins, from left to right -------------------
 

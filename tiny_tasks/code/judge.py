@@ -19,7 +19,7 @@ from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from tiny_tasks.coding import sandbox
+from tiny_tasks.code import sandbox
 
 SECONDS = 4.0  # a program has for all of its tests
 POOL, THREAD = ThreadPoolExecutor(os.cpu_count()), threading.local()  # a worker each
