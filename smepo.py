@@ -283,10 +283,11 @@ WORD = (
     r"|billion|dozen|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|ty))"
 )
 LABEL = (  # what a number may follow as its name
-    r"\b(?:Step|Case|Subcase|Part|Stage|Lemma|Theorem|Corollary|Proposition|Claim|Remark"
-    r"|Definition|Method|Solution|Problem|Question|Example|Section|Table|Figure|Equation|Eq)"
+    r"\b(?:STEP|Step|Case|Subcase|Part|Stage|Lemma|Theorem|Corollary|Proposition|Claim|Remark"
+    r"|Definition|Method|Solution|Problem|Question|Example|Section|Table|Figure|[Ee]quation|Eq)"
 )
 ID = r"\(?\d{1,3}(?:\.\d{1,3})*\)?(?!\d|[.,]\d|\s?(?:[=^+<>%*/×·]|\\[ct]))"
+LIST = r"^[ \t>*_#-]*(?:\(\d{1,2}\)|\d{1,2}(?:\.\d+)*[.):]|(?<=# )\d[\d.]*)"
 SIGN = r"(?:(?<![\w)\]}'!])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # no operator, as in n-3 and 7 - 6
 DIGITS = r"(?:\d+(?:(?:,|\{,\})\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 
@@ -297,7 +298,7 @@ RULES = [
     ("keep", r"\[(?:NUMBER|ANSWER)\]", "[NUMBER]"),
     ("keep", rf"{LABEL}[ ~.#]{{0,2}}{ID}", "Step 1"),
     ("keep", rf"{LABEL}s[ ~]{ID}(?:(?:,|,? and| to) {ID})*", "Cases 1, 2 and 3"),
-    ("keep", r"^[ \t>*_#-]*(?:\(\d{1,2}\)|\d{1,2}(?:\.\d+)*[.):])(?=[*_]*[ \t]+\S)", "1. Let"),
+    ("keep", LIST + r"(?=[*_]*[ \t]+\S)", "1. Let"),
     ("keep", r"(?<!log)(?<!int)(?<!sum)_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+", "x_1"),
     ("keep", r"\\(?:tag|label|(?:eq)?ref)\*?\{[^{}]*\}", r"\tag{1}"),
     ("box", r"(?<=boxed\{)" + BRACED + r"+(?=\})", r"\boxed{x+1}"),

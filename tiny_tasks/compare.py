@@ -161,9 +161,9 @@ def run_all(configs: dict[str, smepo.Config], jobs: int) -> None:
 
 def list_of_seeds(text: str) -> list[int]:
     """3 is 1, 2 and 3; 5-6 is 5 and 6."""
-    first, _, last = text.rpartition("-")
-    seeds = list(range(int(first or 1), int(last) + 1))
-    if not seeds or seeds[0] < 0:
+    first, dash, last = text.rpartition("-")
+    seeds = list(range(int(first if dash else 1), int(last) + 1))
+    if not seeds:
         raise ValueError
     return seeds
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-import smepo
 from tiny_tasks.coding import domain
 from tiny_tasks.coding import judge as judge_module
+
+import smepo
 from tiny_tasks.fixtures import masker_cases, rows
 
 ROOM = Path(__file__).parent

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from tiny_tasks.coding import judge
 
 import smepo
 from smepo import UserError
-from tiny_tasks.coding import judge
 from tiny_tasks.fixtures import GOOD, rows, settings, write_rows
 
 CUBE = {"inputs": ["2\n", "-3\n"], "outputs": ["8\n", "-27\n"]}
