@@ -66,7 +66,8 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     for problem in smepo.draw_problems(problems, STEP, replace(config, prompts_per_step=TRIES)):
         rollouts, _ = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
         rewards = [r.reward for r in rollouts]
-        if smepo.group_advantages(rewards, len(rewards)).any():
+        teaches = smepo.group_advantages(rewards, len(rewards)).any().item()
+        if teaches or config.guide == "full":  # its usual slide: all right, all A 0
             return rollouts, skipped
         reason = f"all {len(rewards)} rollouts earn {rewards[0]:g}, so every advantage is 0"
         skipped.append(f"Passed over: {mark(problem.question)}: {reason}, and the gradient.")

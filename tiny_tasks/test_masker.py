@@ -1,5 +1,5 @@
 """What the mask of math makes of whole traces: those of masker_cases.jsonl (code and search have
-theirs in their rooms), the lines that tiny_tasks/README.md shows, and any text that chance puts together."""
+theirs in their rooms), the lines of tiny_tasks/README.md, and texts that chance puts together."""
 
 import json
 import random

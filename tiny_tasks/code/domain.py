@@ -1,13 +1,13 @@
 """The domain code: what the verifier reads is the last program, so the mask hides all programs.
 
-The plan is the prose between them. It keeps the names, costs and links that stand in back-ticks,
-but not what computes: `dp[i-1] + dp[i-2]` is the solution.
+The plan is the prose between them, with the names and costs in back-ticks, but not what computes:
+`dp[i-1] + dp[i-2]` is the solution.
 """
 
 import re
 import textwrap
 
-from smepo import Domain, Span
+from smepo import Domain, Span, UserError
 from tiny_tasks.code import judge
 
 # ---- The mask: the first rule that fits wins, from left to right ---------------------------------
@@ -40,12 +40,13 @@ CODE_LINE = re.compile(  # of a program without a fence
 
 
 def bare_spans(trace: str) -> list[tuple[int, int]]:
-    """Of a trace without a block: all from the first line of code on, if it begins with one or
-    most of its lines are code."""
+    """Without a block: all of what begins with code; else the lines of code, if most are."""
     lines = [line for line in trace.split("\n") if line.strip()]
     code = [line for line in lines if CODE_LINE.match(line)]
-    if code and (code[0] == lines[0] or len(code) > len(lines) / 2):
-        return [(trace.index(code[0]), len(trace))]
+    if code and code[0] == lines[0]:
+        return [(0, len(trace))]
+    if len(code) > len(lines) / 2:
+        return [(trace.index(code[0]), trace.rindex(code[-1]) + len(code[-1]))]
     return []
 
 
@@ -99,6 +100,10 @@ PROGRAM = re.compile(r"^[ \t]*```.*\n([\s\S]*?)^[ \t]*```", re.MULTILINE)
 
 def code_rewards(completions: list[str], tests: list[str]) -> list[float]:
     """1.0 where the last fenced block passes its tests. All are judged at once, in parallel."""
+    try:
+        list(map(judge.cases, set(tests)))
+    except ValueError as error:
+        raise UserError(f"a ground truth of code is unreadable: {error}") from error
     programs = []
     for completion in completions:
         blocks = PROGRAM.findall(completion)
