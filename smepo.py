@@ -302,7 +302,7 @@ RULES = [
     ("keep", r"(?<!log)(?<!int)(?<!sum)_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+", "x_1"),
     ("keep", r"\\(?:tag|label|(?:eq)?ref)\*?\{[^{}]*\}", r"\tag{1}"),
     ("box", r"(?<=boxed\{)" + BRACED + r"+(?=\})", r"\boxed{x+1}"),
-    ("number", rf"\b(?i:(?:one[ -])?{WORD}(?:[ -](?:one|{WORD}))*)\b", "forty-two"),
+    ("number", rf"(?<![A-Za-z])(?i:(?:one[ -])?{WORD}(?:[ -](?:one|{WORD}))*)\b", "forty-two"),
     ("number", r"[¼-¾⅐-⅞⁺⁻⁰¹²³⁴-⁹]+", "½"),
     ("number", SIGN + DIGITS + r"(?: ?\\?%|(?:st|nd|rd|th)\b)?", "-1,234.5%"),
 ]

@@ -1,7 +1,6 @@
 """The domain code: what the verifier reads is the last program, so the mask hides all programs.
 
-The plan is the prose between them, with the names and costs in back-ticks, but not what computes:
-`dp[i-1] + dp[i-2]` is the solution.
+The plan is the prose between them, with names and costs, but not what computes: `dp[i-1] + 1`.
 """
 
 import re
@@ -13,7 +12,6 @@ from tiny_tasks.code import judge
 # ---- The mask: the first rule that fits wins, from left to right ---------------------------------
 
 RULES = [
-    # what becomes of it, its pattern, and an example, which a test runs
     ("keep", r"\$\$[\s\S]*?\$\$|\\\[[\s\S]*?\\\]", "$$ f(n) = f(n-1) + n $$"),
     ("keep", r"`+ ?\\?(?:[OoΘΩT]|Theta|mathcal\{O\}) ?\([^`\n]*\)[.,]?`+", "`O(n log n)`"),
     ("keep", r"`+[\w.]*\w\(\)`+|`+[a-z]{2,}(?:-[a-z]+)+`+", "`str.join()`"),
@@ -104,10 +102,8 @@ def code_rewards(completions: list[str], tests: list[str]) -> list[float]:
         list(map(judge.cases, set(tests)))
     except ValueError as error:
         raise UserError(f"a ground truth of code is unreadable: {error}") from error
-    programs = []
-    for completion in completions:
-        blocks = PROGRAM.findall(completion)
-        programs.append(textwrap.dedent(blocks[-1]) if blocks else "raise SystemExit(1)")
+    blocks = [PROGRAM.findall(text) or ["raise SystemExit(1)"] for text in completions]
+    programs = [textwrap.dedent(found[-1]) for found in blocks]
     return [float(passed) for passed in judge.judge(programs, tests)]
 
 
