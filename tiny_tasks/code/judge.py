@@ -1,8 +1,7 @@
 """The verifier of code: does a program print what its unit tests expect?
 
-A program runs in a process of its own, see sandbox.py, which is given what the program may read.
-What it should print stays here, and is compared here. Where the platform can fork, warm workers,
-one a core, stay between calls; else each test starts a Python.
+A program runs in a process of its own, see sandbox.py, which is given what it may read. What it
+should print stays here, and is compared here.
 """
 
 import json
@@ -11,18 +10,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from multiprocessing.connection import wait
 from pathlib import Path
 
-from tiny_tasks.code import sandbox
+from smepo import UserError
 
 SECONDS = 4.0  # a program has for all of its tests
-POOL, THREAD = ThreadPoolExecutor(os.cpu_count()), threading.local()  # a worker each
+SANDBOX = Path(__file__).resolve().with_name("sandbox.py")
 
 
 def cases(tests: str) -> list[tuple[str, str]]:
@@ -37,63 +33,37 @@ def cases(tests: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def start(*arguments: str, **settings):
-    """The sandbox, isolated, in a session (so also a process group) of its own."""
-    command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(sandbox.__file__)]
-    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
-    return subprocess.Popen(
-        [*command, *arguments],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in needed if name in os.environ},
-        start_new_session=True,
-        **settings,
-    )
-
-
 def kill(process) -> None:
-    """And whatever it started."""
-    with suppress(ProcessLookupError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
+    """And its whole group."""
+    process.kill()
+    with suppress(ProcessLookupError, PermissionError, AttributeError):  # Windows has no groups
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_fresh(program: str, given: str, seconds: float) -> str | None:
-    """What the program prints, None if it fails: in a Python started for it, on any platform."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stdout:
-        Path(folder, "program.py").write_bytes(program.encode("utf-8", "replace"))
-        process = start("program.py", str(seconds), cwd=folder, stdout=stdout)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(given.encode("utf-8", "replace"), timeout=seconds + 1)
-        kill(process)
-        if process.returncode != 0:
-            return None
-        stdout.seek(0)
-        return stdout.read().decode("utf-8", "replace")
-
-
-def worker_of_thread():
-    """If it died over its last program, a new one; the folder of each is removed with it."""
-    worker = getattr(THREAD, "worker", None)
-    if worker is None or worker.poll() is not None:
-        THREAD.folder = tempfile.TemporaryDirectory()
-        worker = THREAD.worker = start(cwd=THREAD.folder.name, stdout=subprocess.PIPE)
-    return worker
-
-
-def run_warm(program: str, given: str, seconds: float) -> str | None:
-    """The same in a fork of this thread's worker: faster."""
-    worker = worker_of_thread()
-    with suppress(OSError, ValueError):  # it died
-        worker.stdin.write(json.dumps([program, given, seconds]).encode() + b"\n")
-        worker.stdin.flush()
-        if wait([worker.stdout], seconds + 2):  # else the program has stopped its own alarm
-            return json.loads(worker.stdout.readline())
-    kill(worker)
-    return None
+def outputs(program: str, inputs: list[str]) -> list[str | None]:
+    """What it prints for each input, up to the first that fails. IndexError: it never began."""
+    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
+    environment = {name: os.environ[name] for name in needed if name in os.environ}
+    job = {"program": program, "inputs": inputs, "seconds": SECONDS}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(SANDBOX)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment | {"PYTHONHASHSEED": "0"},
+            cwd=folder,
+            start_new_session=True,
+        )
+        try:
+            written, _ = process.communicate(json.dumps(job).encode() + b"\n", SECONDS + 5)
+        except subprocess.TimeoutExpired:  # it was stopped, or this process was: no matter
+            kill(process)
+            written, _ = process.communicate()
+        finally:
+            kill(process)
+    begun = written.split(b"ready\n")[1]
+    return [json.loads(line) for line in begun.splitlines()]
 
 
 def lines(text: str) -> list[str]:  # white space at their ends, and at the end of all, is free
@@ -101,24 +71,26 @@ def lines(text: str) -> list[str]:  # white space at their ends, and at the end 
 
 
 @lru_cache(2**14)  # once trained, a policy writes the same right program again and again
-def verdict(program: str, tests: str, warm: bool) -> bool:
+def verdict(program: str, tests: str) -> bool:
     try:
         pairs = cases(tests)
     except ValueError:
         return False
-    run = run_warm if warm else run_fresh
-    end = time.monotonic() + SECONDS
-    for given, wanted in pairs:
-        printed = run(program, given, max(0.01, end - time.monotonic()))
-        if printed is None or lines(printed) != lines(wanted):
-            return False
-    return True
+    for _ in range(2):
+        with suppress(
+            OSError, IndexError, json.JSONDecodeError
+        ):  # the judge broke down: no verdict
+            printed = outputs(program, [given for given, _ in pairs])
+            wanted = [lines(text) for _, text in pairs]
+            return [text is not None and lines(text) for text in printed] == wanted
+    raise UserError("the judge of code cannot start its sandbox: is the machine out of memory?")
 
 
-def judge(programs: list[str], tests: list[str], warm: bool = hasattr(os, "fork")) -> list[bool]:
+def judge(programs: list[str], tests: list[str]) -> list[bool]:
     """Which programs pass all of their tests? Equal jobs are done once, all in parallel."""
     jobs = list(zip(programs, tests, strict=True))
     distinct = list(dict.fromkeys(jobs))
-    verdicts = POOL.map(lambda job: verdict(*job, warm), distinct)
-    passed = dict(zip(distinct, verdicts, strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = pool.map(lambda job: verdict(*job), distinct)
+        passed = dict(zip(distinct, verdicts, strict=True))
     return [passed[job] for job in jobs]
