@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,33 @@ def test_the_walk_through_runs(monkeypatch, capsys):
             source = "".join(cell["source"]).replace("range(1, 6)", "range(1, 2)")
             exec(source.replace("[:400]", "[:8]"), names)
     assert names["metrics"]["step"] == 1
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_line_of_data_in_the_readme_is_read(tmp_path):
+    (line,) = re.findall(r"```json\n(.*)\n```", README)
+    path = write_rows(tmp_path / "rows.jsonl", [json.loads(line)])
+    (p,) = smepo.read_problems(path, "semantic", smepo.Config())
+    assert (p.answer, p.difficulty, p.leaky) == ("16", "3", False)
+
+
+def test_the_schedule_in_the_readme_runs(few, monkeypatch):
+    monkeypatch.setattr(smepo, "shows_guide", smepo.shows_guide)
+    (line,) = re.findall(r"`(smepo\.shows_guide = .*?)`", README)
+    exec(line, {"smepo": smepo})
+    assert smepo.main([*few, "--out", "mine"]) == 0
+    records = smepo.read_records(Path("mine/metrics.jsonl"))
+    assert [record["guided"] for record in records[1:]] == [0, 1]
+
+
+def test_the_maps_of_smepo_name_its_lines():
+    source = (ROOT / "smepo.py").read_text("utf-8").splitlines()
+    begins = [i for i, line in enumerate(source, start=1) if line.startswith("# ----")]
+    rows_of_map = re.findall(r"^\|(\d+) to (\d+)\|", README, re.M)
+    for first, last in rows_of_map:
+        assert int(first) in begins and int(last) + 1 in [*begins, len(source) + 1]
+    assert len(rows_of_map) >= 6
+    first, last = re.search(r"The algorithm is lines (\d+) to (\d+)", smepo.__doc__).groups()
+    assert first == rows_of_map[0][0] and source[int(last)].startswith("# ---- Data")
