@@ -29,10 +29,11 @@ T completion tokens, V words in the vocabulary.
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 138 to 783, half an hour to read; below it are data, disk and flags. Left out on
-purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of mathematics
-(--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side (python -m
-tiny_tasks.compare), a KL term (the paper has none), several GPUs (python -m tiny_tasks.export).
+The algorithm is lines 139 to 784, half an hour to read; below it are data, disk and flags. Left
+out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
+mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
+(python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs (python -m
+tiny_tasks.export writes the prompts for TRL and verl).
 """
 
 from __future__ import annotations
