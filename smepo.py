@@ -29,7 +29,7 @@ T completion tokens, V words in the vocabulary.
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 139 to 784, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 141 to 786, half an hour to read; below it are data, disk and flags. Left
 out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
 mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
 (python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs (python -m
@@ -46,6 +46,8 @@ import math
 import os
 import random
 import re
+import shutil
+import sqlite3
 import sys
 import time
 import zlib
@@ -753,14 +755,14 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     data = zlib.crc32(repr([problems, tests]).encode())
     folder = open_run(config)
-    done = restore(folder, model, optimizer, data)
-    if done == 0:
-        print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
-        torch.manual_seed(config.seed)
-        before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
-        append(folder / "metrics.jsonl", [before])
-    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
-    with saying_how_to_go_on(folder):
+    with running(folder):
+        done = restore(folder, model, optimizer, data)
+        if done == 0:
+            print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
+            torch.manual_seed(config.seed)
+            before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
+            append(folder / "metrics.jsonl", [before])
+        bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
         for step in bar:
             rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
             last = step == config.steps
@@ -873,14 +875,25 @@ def open_run(config: Config) -> Path:
 
 
 @contextmanager
-def saying_how_to_go_on(folder: Path):
-    """Whatever stops the run, Ctrl-C, a full disk or a bug."""
+def running(folder: Path):
+    """One process at a time. Whatever stops it, Ctrl-C or a full disk, how to go on is said."""
+    lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")  # works on all systems, and ends with the process
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{folder} is in use by another process: {error}") from error
     try:
         yield
-    except BaseException:
+    except UserError:
+        raise
+    except BaseException as error:
         if (folder / "checkpoint" / "training.pt").exists():
             print(f"\nto go on: python smepo.py --resume {folder}", file=sys.stderr)
+        if shutil.disk_usage(folder).free < 2**20:
+            raise UserError(f"the disk is full: make room, then --resume {folder}") from error
         raise
+    finally:
+        lock.close()
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int, data: int) -> None:
@@ -948,7 +961,8 @@ def parse(arguments: list[str]) -> Config:
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False, add_help=False)
     given, rest = parser.parse_known_args(arguments)
     if rest:
-        raise UserError(f"{rest[0]} is no flag, see --help; commands are python -m tiny_tasks.…")
+        command = f"python -m tiny_tasks.{rest[0]}" if rest[0].isalpha() else "--help"
+        raise UserError(f"{rest[0]} is no flag of it: see {command}")
     if given.resume:
         saved = saved_settings(given.resume)
         parser.set_defaults(**saved)

@@ -88,7 +88,7 @@ def test_one_file_of_data_wants_another_for_the_test(tmp_path, capsys):
 
 
 def test_a_command_of_old_is_told_where_it_is(capsys):
-    assert "python -m tiny_tasks." in refused(capsys, ["compare", "--quick"])
+    assert "python -m tiny_tasks.compare" in refused(capsys, ["compare", "--quick"])
 
 
 def test_the_rest_comes_from_the_task_beside_smepo_wherever_it_is_called_from():
@@ -769,7 +769,7 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
         assert part in shown
     (folder,) = Path("runs").iterdir()
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoint"}
+    assert names == {*FILES, "curve.png"}
     assert folder.name == "math-semantic-always-seed0"
     before, *steps = read_log(folder / "metrics.jsonl")
     assert before["step"] == 0 and [step["step"] for step in steps] == [1, 2, 3, 4]
@@ -803,6 +803,7 @@ def test_other_architectures_train_and_their_checkpoints_load(tmp_path, base, na
     assert all(torch.equal(v, state["model"][k]) for k, v in trained.state_dict().items())
 
 
+FILES = {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "lock"}
 RESUMED = {"save_every": 1, "mini_batches": 2, "guide_when": "on-failure", "steps": 3}
 RESUMED |= {"max_new_tokens": 32, "eval_samples": 1}
 
@@ -835,7 +836,7 @@ def test_killed_again_and_again_a_run_resumes_to_the_same_bits(whole, monkeypatc
     assert deaths > 0
     assert_same_run(whole[0], Path("killed"))
     names = {path.name for path in Path("killed").iterdir()}  # nothing half-written is left
-    assert names == {"config.json", "checkpoint", "metrics.jsonl", "rollouts.jsonl"}
+    assert names == FILES
     assert not list(Path("killed/checkpoint").glob("*.new"))
 
 
@@ -876,6 +877,17 @@ def test_resume_refuses_other_settings_other_data_and_no_run(whole, capsys):
     data.write_bytes(before.replace(b"Compute", b"Calculate", 1))
     assert "the data have changed" in refused(capsys, ["--resume", "mine"])
     data.write_bytes(before)
+
+
+def test_a_run_folder_in_use_and_a_full_disk_are_refused(whole, monkeypatch, capsys):
+    shutil.copytree(whole[0], "mine")
+    with smepo.running(Path("mine")):
+        assert "mine is in use" in refused(capsys, ["--resume", "mine", "--steps", "9"])
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(UserError, match="the disk is full"), smepo.running(Path("mine")):
+        raise RuntimeError("unexpected pos")  # as torch.save says it
+    assert "to go on: python smepo.py --resume mine" in capsys.readouterr().err
 
 
 def test_the_paths_of_a_task_are_not_written_so_a_clone_can_move(tmp_path):

@@ -130,7 +130,7 @@ def test_export_drops_or_keeps_what_leaks_and_counts_it(tmp_path, capsys):
     assert Path("out.jsonl").read_bytes() == before
     assert ".jsonl or .parquet" in refused(capsys, export.main, *again, "guided.txt")
     assert "would be overwritten" in refused(capsys, export.main, *again, data)
-    assert "--what is no flag" in refused(capsys, export.main, *again, "out.jsonl", "--what")
+    assert "--what is no flag of it" in refused(capsys, export.main, *again, "out.jsonl", "--what")
 
 
 def trl_script(folder: Path) -> Path:
