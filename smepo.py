@@ -804,6 +804,8 @@ def read_rows(path: str, split: str):
 
 def load_model(path: str | Path, config: Config):
     """The model, in float32, and its tokenizer."""
+    if not TASKS.exists() and str(path).startswith(str(TASKS)):
+        raise UserError("no tiny_tasks/ beside smepo.py: give --model, --data and --test_data")
     logging.disable_progress_bar()
     settings = {"dtype": torch.float32, "output_loading_info": True}
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,6 +11,7 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -944,6 +945,8 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
     folder = tmp_path / "alone"
     folder.mkdir()
     shutil.copy(ROOT / "smepo.py", folder)
+    bare = subprocess.run([sys.executable, "smepo.py"], cwd=folder, capture_output=True, text=True)
+    assert bare.returncode == 2 and "give --model, --data and --test_data" in bare.stderr
     config = small(tmp_path, model=str(TASKS / "arithmetic/base"), domain="math", save_every=1)
     arguments = flags(dataclasses.replace(config, mini_batches=2, max_new_tokens=32))
     shown = run(["smepo.py", *arguments, "--out", "parts", "--steps", "2"], folder)
