@@ -29,7 +29,7 @@ T completion tokens, V words in the vocabulary.
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 141 to 786, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 141 to 787, half an hour to read; below it are data, disk and flags. Left
 out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
 mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
 (python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs (python -m
@@ -167,7 +167,7 @@ def find_domain(name: str) -> Domain:
     """Math is in this file. Any other is a module with a DOMAIN, imported when asked for."""
     if name == "math":
         return MATH
-    return import_module(f"tiny_tasks.{name}.domain" if name in TOYS else name).DOMAIN
+    return import_module(f"tiny_tasks.{name}.domain" if name in TOYS[1:] else name).DOMAIN
 
 
 def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
@@ -231,7 +231,7 @@ for _ in range(3):
     BRACED = r"(?:[^{}]|\{" + BRACED + r"*\})"
 LAST_BOX = re.compile(r"(?s:.*)\\(?:boxed|fbox)\s?(?:\{(" + BRACED + r"*)\}|(\w))")
 LAST_STATED = re.compile(
-    r"(?is:.*)(?:####|<answer>|(?i:answer is|answer\**:))[\s:*$`]*(?:\\\[\s*)?"
+    r"(?s:.*)(?:####|<answer>|(?i:answer is|answer\**:))[\s:*$`]*(?:\\\[\s*)?"
     r"(.*?)(?:[.](?=\s|$)|</|$)",  # up to the end of its sentence
     re.MULTILINE,
 )
@@ -247,13 +247,14 @@ def clean(text: str) -> str:
     r"""Without what only typesets: `$\text{(B)}$.` is `(B)`."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}", r"\1", text.replace("−", "-"))
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return re.sub(r"\\?[$%]|\\[!,;()\[\]]|[*`]", "", text).strip().rstrip(" .")
+    text = re.sub(r"\\?[$%]|\\[!,;()\[\]]", "", text)
+    return text.lstrip(" \n*`").rstrip(" \n*`.")
 
 
 def number_value(text: str) -> Fraction | None:
     r"""Of 1,234, -42.0, .5, 3/4, \frac{3}{4}, 50% (as 50); None of all else."""
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", clean(text))
-    text = re.sub(r"\\frac\s*\{?(-?\s*\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?", r"\1/\2", text)
+    text = re.sub(r"(?<!\d)\\frac\s*\{?(-?\s*\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?", r"\1/\2", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     try:
         return Fraction(text) if re.fullmatch(r"[-+]?[\d.]+(?:/\d+)?", text) else None
@@ -267,7 +268,7 @@ def same_answer(given: str, truth: str) -> bool:
     if value is not None:
         return number_value(given) == value
     given, truth = clean(given), clean(truth)
-    option = re.match(r"\(?([A-J])(?:\)|[:.,]|\s+(?!and\b|or\b)[a-z])", given)
+    option = re.match(r"\(?([A-J])(?:[):.]\s*+|\s++(?=[a-z]))(?!and\b|or\b|,)", given)
     if option and truth.strip("()") == option[1]:
         return True
     given, truth = (re.sub(r"\s|^\((?=\w\)$)|(?<=^\(\w)\)$", "", t) for t in (given, truth))
@@ -790,10 +791,10 @@ def loggable(r: Rollout, step: int) -> dict:
 def read_rows(path: str, split: str):
     """Of a jsonl or parquet file, a folder with one for each split, or hub/id:configuration."""
     if Path(path).is_dir():
-        files = sorted(Path(path).glob(f"{split}*"))
+        files = [*Path(path).glob(f"{split}*.jsonl"), *Path(path).glob(f"{split}*.parquet")]
         if not files:
             raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
-        path = str(files[0])
+        return [row for file in sorted(files) for row in read_rows(str(file), split)]
     if path.endswith("jsonl"):  # not by `datasets`, which guesses types: a date, a rounded number
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]
@@ -858,9 +859,9 @@ def saved_settings(folder: str) -> dict:
 def open_run(config: Config) -> Path:
     """The run folder, with the settings in it: that of --resume, or a new one."""
     settings = asdict(config)
-    for name, value in settings.items():
-        if str(value).startswith(str(TASKS)):  # found again wherever the clone is then
-            settings[name] = ""
+    for name, value in asdict(Config(task=config.task)).items():
+        if name in ("model", "data", "test_data") and settings[name] == value:
+            settings[name] = ""  # the task's own, found again wherever the clone is then
     name = f"runs/{Path(config.domain).name}-{config.guide}-{config.guide_when}-seed{config.seed}"
     folder = Path(config.resume or config.out or name)
     for number in itertools.count(2):

@@ -1009,6 +1009,10 @@ def test_copied_alone_it_trains_evaluates_saves_and_resumes(tmp_path):
         ("Final Answer: The final answer is $5$. I hope it is correct.", "5", 1.0),
         ("The answer is:\n\\[\n5\n\\]", "5", 1.0),
         ("**Answer**: `13`", "13", 1.0),
+        (r"\boxed{2\frac{1}{2}}", "21/2", 0.0),
+        (r"\boxed{2*5}", "25", 0.0),
+        ("The answer is A, B.", "A", 0.0),
+        ("The answer is (A) or (B).", "A", 0.0),
         ("<answer>2001-03-01</answer>", "2001-03-01", 1.0),
     ],
 )
