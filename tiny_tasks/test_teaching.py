@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,59 +12,74 @@ import pytest
 import smepo
 from tiny_tasks.fixtures import ROOT, TASKS, rows, write_rows
 
-BLOCKS = re.findall(
-    r"^```(python)?\n(.*?)^```", (TASKS / "exercises.md").read_text("utf-8"), re.M | re.S
-)
-COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
-SNIPPETS = [block for kind, block in BLOCKS if kind]
-FEW = "--prompts_per_step 2 --group_size 2 --eval_samples 1 --max_new_tokens 8".split()
+EXERCISES = (TASKS / "exercises.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(python)?\n(.*?)^```", EXERCISES, re.M | re.S)
+FEW = "--steps 2 --prompts_per_step 2 --group_size 4 --eval_samples 1 --max_new_tokens 32".split()
 
 
 @pytest.fixture
 def few(tmp_path) -> list[str]:
     """Flags that make a run short."""
     data = write_rows(tmp_path / "few.jsonl", rows("train", 8))
-    return ["--steps", "2", *FEW, "--data", data, "--test_data", data]
+    return [*FEW, "--data", data, "--test_data", data]
 
 
 def test_there_are_ten_exercises_each_with_an_answer():
-    text = (TASKS / "exercises.md").read_text("utf-8")
-    assert re.findall(r"^## (\d+)\. ", text, re.M) == [str(i) for i in range(1, 11)]
-    assert text.count("<details>") == text.count("</details>") == 10
-    assert len(COMMANDS) >= 9 and len(SNIPPETS) == 2
+    assert re.findall(r"^## (\d+)\. ", EXERCISES, re.M) == [str(i) for i in range(1, 11)]
+    assert EXERCISES.count("<details>") == EXERCISES.count("</details>") == 10
+    parts = EXERCISES.split("\n## ")[1:]
+    assert all("```" in part.split("<details>")[0] for part in parts)
+    assert all(re.search(r"\d", part.split("<details>")[1]) for part in parts)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, few, tmp_path):
-    _, *words = shlex.split(command)
-    words = re.sub(r"--steps \d+|--group_size \d+|--prompts_per_step \d+", "", " ".join(words))
-    if words.startswith("smepo.py"):
-        assert smepo.main([*few, *words.split()[1:]]) == 0
-        return
-    _, module, *flags = words.split()
-    if module.endswith("mask"):
-        flags = ["--data", few[-1]]
-    elif module.endswith("compare"):
-        flags += few
-    importlib.import_module(module).main(flags)
+def test_the_exercises_run_in_their_order(few, monkeypatch):
+    main = smepo.main
+    monkeypatch.setattr(smepo, "main", lambda flags: main([*flags, *few]))  # the last one holds
+    for kind, block in BLOCKS:
+        with monkeypatch.context() as patch:
+            for name in "score", "backward", "shows_guide":  # what snippets replace
+                patch.setattr(smepo, name, getattr(smepo, name))
+            if kind:
+                run_snippet(block, few, monkeypatch)
+            else:
+                for line in block.splitlines():
+                    run_command(line, few)
+    folders = set(re.findall(r"runs/(e[\w-]+)", "".join(block for _, block in BLOCKS)))
+    assert folders == {path.name for path in Path("runs").iterdir()} and len(folders) > 10
+    for folder in folders:
+        assert smepo.read_records(Path("runs", folder, "metrics.jsonl"))[-1]["step"] == 2
+    bare, plain = (smepo.read_records(Path(f"runs/{e}/metrics.jsonl")) for e in ("e4", "e1"))
+    assert bare[1]["reward"] == plain[1]["reward"] and bare[1]["loss"] != plain[1]["loss"]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets_run(snippet, few, monkeypatch):
-    for name in "shows_guide", "find_domain":
-        monkeypatch.setattr(smepo, name, getattr(smepo, name))
-    exec(snippet.replace('"--steps", "20"', ", ".join(map(repr, few))), {})
+def run_snippet(code: str, few: list[str], monkeypatch):
+    if "\nDOMAIN = " in code:  # a module
+        Path("parity.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(Path.cwd())
+    exec(code.replace("smepo.Config()", f"smepo.Config(test_data={few[-1]!r})"), {})
 
 
-def test_the_walk_through_runs(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    cells = json.loads((TASKS / "walkthrough.ipynb").read_text("utf-8"))["cells"]
+def run_command(line: str, few: list[str]):
+    _, *words = shlex.split(line)
+    if words[0] == "smepo.py":
+        assert smepo.main(words[1:]) == 0, line
+    else:
+        flags = ["--data", few[-1]] if "--data" in words else words[2:]
+        importlib.import_module(words[1]).main(flags)
+
+
+def test_the_walk_through_runs(monkeypatch):
+    monkeypatch.chdir(TASKS)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     names = {}
-    for cell in cells:
+    for cell in json.loads((TASKS / "walkthrough.ipynb").read_text("utf-8"))["cells"]:
         if cell["cell_type"] == "code":
-            assert cell["outputs"] or "import sys" in cell["source"][0]
-            source = "".join(cell["source"]).replace("range(1, 6)", "range(1, 2)")
-            exec(source.replace("[:400]", "[:8]"), names)
+            source = "".join(cell["source"])
+            assert cell["outputs"] or "import smepo" in source
+            assert str(ROOT) not in json.dumps(cell["outputs"])
+            source = source.replace("steps = 15", "steps = 1").replace("[::4]", "[::100]")
+            source = source.replace('device="cpu")', 'device="cpu", prompts_per_step=2)')
+            exec(source, names)
     assert names["metrics"]["step"] == 1
 
 
