@@ -39,11 +39,8 @@ def test_the_exercises_run_in_their_order(few, monkeypatch):
         with monkeypatch.context() as patch:
             for name in "score", "backward", "shows_guide":  # what snippets replace
                 patch.setattr(smepo, name, getattr(smepo, name))
-            if kind:
-                run_snippet(block, few, monkeypatch)
-            else:
-                for line in block.splitlines():
-                    run_command(line, few)
+            for code in [block] if kind else block.splitlines():
+                (run_snippet if kind else run_command)(code, few, monkeypatch)
     folders = set(re.findall(r"runs/(e[\w-]+)", "".join(block for _, block in BLOCKS)))
     assert folders == {path.name for path in Path("runs").iterdir()} and len(folders) > 10
     for folder in folders:
@@ -59,7 +56,7 @@ def run_snippet(code: str, few: list[str], monkeypatch):
     exec(code.replace("smepo.Config()", f"smepo.Config(test_data={few[-1]!r})"), {})
 
 
-def run_command(line: str, few: list[str]):
+def run_command(line: str, few: list[str], _):
     _, *words = shlex.split(line)
     if words[0] == "smepo.py":
         assert smepo.main(words[1:]) == 0, line
