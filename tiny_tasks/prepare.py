@@ -61,10 +61,10 @@ class Row:
 def read_source(source: str, split: str) -> list[dict]:
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.startswith(split))
+        files = sorted(file for file in path.rglob(f"{split}*") if file.is_file())
         if not files:
             raise smepo.UserError(f"{source} has no file for the split {split}: see --split")
-        path = files[0]
+        return [row for file in files for row in read_source(str(file), split)]
     elif not path.exists():
         if path.suffix:
             raise smepo.UserError(f"{source}: there is no such file")
@@ -75,7 +75,7 @@ def read_source(source: str, split: str) -> list[dict]:
     try:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
         return parse(text, path.name.removesuffix(".gz"))
-    except ValueError as error:  # no UTF-8, no JSON
+    except (ValueError, EOFError, csv.Error) as error:  # no UTF-8, no JSON, a torn .gz
         raise smepo.UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -112,6 +112,7 @@ def columns_of(rows: list[dict], named: dict[str, str]) -> dict[str, str]:
     columns = {}
     for part, known in KNOWN.items():
         names = [named[part]] if part in named else known.split()
+        names = [name for name in names if part in named or name not in named.values()]
         found = [name for name in names if any(value_at(row, name) is not None for row in rows)]
         if part in named and not found:
             raise smepo.UserError(f"--columns {part}={named[part]}: there is no such column")
@@ -142,7 +143,8 @@ def as_text(value) -> str:
 
 def to_row(row: dict, columns: dict[str, str]) -> Row:
     parts = {part: as_text(value_at(row, columns.get(part, ""))) for part in KNOWN}
-    parts["answer"] = parts["answer"] or smepo.stated(parts["trace"])
+    if not parts["answer"] or re.search(r"\\boxed|####", parts["answer"]):  # it is worked out
+        parts["answer"] = smepo.stated(parts["answer"] or parts["trace"])
     parts["difficulty"] = re.sub(r"^Level ", "", parts["difficulty"])
     return Row(**parts)
 
@@ -170,7 +172,12 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     given.columns = {part: column for part, _, column in pairs}
     if given.out.suffix != ".jsonl" or given.out.is_dir():
         raise smepo.UserError(f"--out {given.out}: it must be a .jsonl file")
-    if given.out.exists() and Path(given.source).exists() and given.out.samefile(given.source):
+    source = Path(given.source)
+    inside = source.exists() and source.resolve() in (
+        given.out.resolve(),
+        *given.out.resolve().parents,
+    )
+    if inside and given.out.exists():
         raise smepo.UserError(f"--out {given.out} is the source: it would be overwritten")
     return given
 

@@ -179,3 +179,26 @@ def test_a_domain_in_parts():
     texts = ["The answer is 4.", "The answer is 5.", "The answer is blue.", ""]
     assert domain.rewards(texts, ["4"] * 4) == [1.0, 0.2, 0.0, 0.0]
     assert domain.solved_from == 1.0
+
+
+def test_every_shard_of_a_folder_is_read_and_none_overwritten():
+    Path("own/data").mkdir(parents=True)
+    for shard in ("own/train-0.jsonl", "own/data/train-1.jsonl"):
+        write(shard, json.dumps(AIME | {"problem": shard}))
+    assert len(prepared("own")) == 2
+    with pytest.raises(smepo.UserError, match="would be overwritten"):
+        prepare.main(["own", "--out", "own/train-0.jsonl"])
+
+
+def test_an_answer_that_is_worked_out_is_read_and_a_named_column_is_taken_once():
+    source = write("a.jsonl", json.dumps(AIME | {"answer": "We add, \\boxed{204}."}))
+    assert prepared(source)[0][2] == "204"
+    source = write("b.jsonl", json.dumps({"question": "1?", "solution": "2"}))
+    assert prepared(source, "--columns", "answer=solution") == [("1?", "", "2", None)]
+
+
+def test_math_verify_ends_and_reads_the_stated_answer_alone():
+    pytest.importorskip("math_verify")
+    reward = smepo.find_domain("tiny_tasks.math_verify").rewards
+    texts = [r"\boxed{9^{9^{9}}}", "I tried 3 and 5.", "<answer>5</answer>"]
+    assert reward(texts, ["5"] * 3) == [0.0, 0.0, 1.0]
