@@ -134,7 +134,7 @@ def explain_prompt(step: Step) -> list[Section]:
         "It samples from this, so π and π_old of the ratio are given this, guide and all.",
         f"Under the bare question rollout 1 has log π {step.bare[0]:.3g}, not "
         f"{sum(step.before[0]):.3g}: a ratio of the two would be far from 1 before any weight "
-        "has moved, and the clip would cut off what was learned.",
+        "has moved, so it would compare two prompts, and the clip would act at once.",
     ]
     return [
         question,
