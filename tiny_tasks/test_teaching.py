@@ -41,7 +41,7 @@ def test_the_exercises_run_in_their_order(few, monkeypatch):
                 patch.setattr(smepo, name, getattr(smepo, name))
             for code in [block] if kind else block.splitlines():
                 (run_snippet if kind else run_command)(code, few, monkeypatch)
-    folders = set(re.findall(r"runs/(e[\w-]+)", "".join(block for _, block in BLOCKS)))
+    folders = set(re.findall(r"runs/(e\d[\w-]*)", "".join(block for _, block in BLOCKS)))
     assert folders == {p.name for p in Path("runs").iterdir() if p.is_dir()} and len(folders) > 10
     for folder in folders:
         assert smepo.read_records(Path("runs", folder, "metrics.jsonl"))[-1]["step"] == 2
