@@ -1,10 +1,9 @@
 """`python -m tiny_tasks.export`: guided prompts for the engines that scale out.
 
 SMEPO changes the prompt alone, so any GRPO engine runs it on a file of masked prompts. Its flags
-are those of a run, as --data, --columns, --domain, --system, --guide and --seed, and these:
+are those of a run, as --data, --domain, --system, --guide and --seed, and these:
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -48,9 +47,14 @@ def write(rows: list[dict], out: Path) -> None:
             new.write_bytes(toys.to_jsonl(rows))
 
 
+def is_source(out: Path, data: str) -> bool:
+    """Is it --data, or a file of that folder?"""
+    files = [Path(data), *Path(data).glob("*")]
+    return any(file.exists() and out.exists() and out.samefile(file) for file in files)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    settings = {"prog": "export", "exit_on_error": False, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **settings)
+    parser = toys.Parser("export", __doc__)
     parser.add_argument("--format", choices=list(FORMATS), required=True)
     leaks = "rows whose guide gives the answer away"
     parser.add_argument("--leaks", choices=["drop", "keep"], default="drop", help=leaks)
@@ -60,9 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
     if given.out.suffix not in (".jsonl", ".parquet"):
         raise smepo.UserError(f"--out {given.out}: it must end in .jsonl or .parquet")
     config = smepo.parse([*rest, "--test_data", "none"])
-    if given.out.exists() and given.out.samefile(config.data):
-        raise smepo.UserError(f"--out {given.out} is --data itself: it would be overwritten")
+    if is_source(given.out, config.data):
+        raise smepo.UserError(f"--out {given.out} is of --data: it would be overwritten")
     problems = smepo.read_problems(config.data, config.guide, config)
+    if not problems:
+        raise smepo.UserError(f"{config.data} has no rows")
     rows = []
     for index, problem in enumerate(problems):
         if given.leaks == "keep" or not problem.leaky:

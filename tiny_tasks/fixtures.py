@@ -64,7 +64,7 @@ def in_scratch_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def base():
-    """Model and tokenizer of the arithmetic toy; for tests that leave them as they are."""
+    """Model and tokenizer of the arithmetic task; for tests that leave them as they are."""
     return smepo.load_model(TASKS / "arithmetic" / "base", settings())
 
 
@@ -74,9 +74,9 @@ def fresh_base(base):
     return copy.deepcopy(base)
 
 
-def rows(split: str, count: int | None = None, room: str = "arithmetic") -> list[dict]:
-    """The first rows of a toy's data."""
-    return smepo.read_records(TASKS / room / f"{split}.jsonl")[:count]
+def rows(split: str, count: int | None = None, task: str = "arithmetic") -> list[dict]:
+    """The first rows of a task's data."""
+    return smepo.read_records(TASKS / task / f"{split}.jsonl")[:count]
 
 
 def masker_cases(domain: str) -> list[dict]:
@@ -97,16 +97,17 @@ def read_log(path) -> list[dict]:
 
 
 def settings(**changes) -> Config:
-    """A Config on a shipped toy, small enough to train in a second."""
+    """A Config on a shipped task, small enough to train in a second."""
     small = {"device": "cpu", "steps": 4, "prompts_per_step": 4, "group_size": 4}
     small |= {"eval_every": 2, "eval_samples": 2, "save_every": 2}
     return Config(**small | changes)
 
 
-def small(tmp_path, room: str = "arithmetic", **changes) -> Config:
-    """The same on a dozen rows written to tmp_path."""
-    data = write_rows(tmp_path / "train.jsonl", rows("train", 12, room))
-    tests = write_rows(tmp_path / "test.jsonl", rows("test", 6, room))
+def small(tmp_path, **changes) -> Config:
+    """The same on a dozen rows of the task written to tmp_path."""
+    task = changes.get("task", "arithmetic")
+    data = write_rows(tmp_path / "train.jsonl", rows("train", 12, task))
+    tests = write_rows(tmp_path / "test.jsonl", rows("test", 6, task))
     return settings(**{"data": data, "test_data": tests} | changes)
 
 

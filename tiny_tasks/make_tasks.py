@@ -1,6 +1,6 @@
-"""Write the toy datasets, byte for byte the same from the same seed.
+"""Write the data of the tasks, byte for byte the same from the same seed.
 
-python -m tiny_tasks.make_tasks            # rewrite the jsonl files in the rooms
+python -m tiny_tasks.make_tasks            # rewrite the jsonl files in the tasks' folders
 python -m tiny_tasks.make_tasks --check    # change nothing; exit 1 if a file differs
 """
 
@@ -15,13 +15,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def files_of(task: str, seed: int) -> dict[Path, bytes]:
-    toy, room = toys.find(task), HERE / task
+    toy = toys.find(task)
     files = {
         "train.jsonl": toys.draw_rows(toy, seed, toy.TRAIN, held_out=False),
         "test.jsonl": toys.draw_rows(toy, seed + 1, toy.TEST, held_out=True),
     }
     files |= getattr(toy, "FILES", {})
-    return {room / name: toys.to_jsonl(rows) for name, rows in files.items()}
+    return {HERE / task / name: toys.to_jsonl(rows) for name, rows in files.items()}
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """`python -m tiny_tasks.mask`: what is hidden of one trace, or of a whole file of traces."""
 
-import argparse
 import re
 import shutil
 import sys
@@ -93,6 +92,8 @@ def kept(trace: str, spans: list[smepo.Span]) -> float:
 def show_data(config: smepo.Config) -> None:
     """Leak rate, spans a trace and the share of text kept of each arm, over a whole file."""
     problems = smepo.read_problems(config.data, "full", config)
+    if not problems:
+        raise smepo.UserError(f"{config.data} has no rows")
     arms = {"full": [], "prefix": [], "random": [], "semantic": []}
     for p in tqdm(problems):
         prefix = smepo.guide_trace(p.trace, "prefix", config.domain)
@@ -115,16 +116,13 @@ def show_data(config: smepo.Config) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = {"prog": "mask", "exit_on_error": False, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **settings)
+    parser = toys.Parser("mask", __doc__)
     parser.add_argument("--domain", default="math", help="math, code, search or your own module")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", help="a text file with one trace; without it, standard input")
     source.add_argument("--data", help="problems with traces, as a run takes them")
     parser.add_argument("--answer", default="", help="ground truth; else what the trace states")
-    given, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise smepo.UserError(f"unknown flag {rest[0]}: mask --help lists them all")
+    given = parser.parse_args(arguments)
     if given.data:
         files = {"data": given.data, "test_data": given.data}
         return show_data(smepo.Config(domain=given.domain, **files))

@@ -1,14 +1,13 @@
-"""Rebuild the small base model of a toy from scratch: about 8 minutes on two CPU cores.
+"""Rebuild the small base model of a task from scratch: about 8 minutes on two CPU cores.
 
     python -m tiny_tasks.pretrain                   # train, save, and print the calibration table
     python -m tiny_tasks.pretrain --calibrate       # only print the table for the model in --out
-    python -m tiny_tasks.pretrain --task code       # another toy; also search
+    python -m tiny_tasks.pretrain --task code       # another task; also search
 
 The base resembles the large ones that SMEPO is for: it can follow a plan and copy, it computes
 carelessly, and it cannot plan the hardest problems alone. README.md beside this file says why.
 """
 
-import argparse
 import os
 import random
 import re
@@ -130,7 +129,7 @@ def pretrain(model, stream: Iterator[tuple], steps: int, learning_rate: float) -
 def calibrate(toy, model, tokenizer, config: smepo.Config, count: int = 1000) -> dict:
     """{(guide, k): (accuracy, lucky)} over `count` held-out problems, sampled once each at T = 1.
 
-    Lucky: right by its answer, although the solution is not the expert's. The last row, of a toy
+    Lucky: right by its answer, although the solution is not the expert's. The last row, of a task
     that has `altered`, shows traces with wrong results; its accuracy is how often the answer
     follows them.
     """
@@ -171,7 +170,7 @@ def save(model, tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = toys.Parser("pretrain", __doc__.splitlines()[0])
     parser.add_argument("--task", choices=smepo.TOYS, default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
     parser.add_argument("--steps", type=toys.at_least_1, help="else as the task's base took")

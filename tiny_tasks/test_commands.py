@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import smepo
-from tiny_tasks import compare, export, make_tasks, mask, tables, toys
-from tiny_tasks.fixtures import GOOD, ROOT, TASKS, rows, settings, write_rows
+from tiny_tasks import compare, export, make_tasks, mask, pretrain, tables, toys, warm_up
+from tiny_tasks.fixtures import GOOD, ROOT, TASKS, random_model, rows, settings, write_rows
 
 
 def refused(capsys, main, *arguments: str) -> str:
@@ -43,6 +44,9 @@ def test_mask_shows_a_trace_beside_its_mask_and_the_verdict(tmp_path, capsys, mo
     ]
     assert "4 spans hidden, 89% of the text kept" in out
     assert "no leak: the answer 1 cannot be read off" in out and "\033" not in out
+    monkeypatch.setattr(smepo, "leaks", lambda *_: True)
+    mask.main(["--trace", str(path)])
+    assert "LEAKS: the answer 1 can be read off" in capsys.readouterr().out
 
 
 def test_mask_reads_standard_input_and_marks_hidden_spans_on_a_terminal(capsys, monkeypatch):
@@ -53,6 +57,13 @@ def test_mask_reads_standard_input_and_marks_hidden_spans_on_a_terminal(capsys, 
     out = capsys.readouterr().out
     assert "no leak: the code cannot be read off" in out
     assert re.findall("\033\\[7m(.*?)\033\\[0m", out) == ["print(1)", "[CODE]", "print(2)"]
+
+
+def test_a_pipe_of_windows_may_know_few_signs(monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert toys.command(lambda: print("log π")) == 0
+    assert pipe.buffer.getvalue().strip() == b"log ?"
 
 
 def test_mask_of_a_file_counts_leaks_spans_and_text_of_every_arm_by_hand(tmp_path, capsys):
@@ -73,14 +84,15 @@ def test_mask_of_a_file_counts_leaks_spans_and_text_of_every_arm_by_hand(tmp_pat
     "arguments, message",
     [
         (["--trace", "none.txt"], "none.txt"),
-        (["--colour"], "unknown flag --colour"),
-        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--data", "bare.jsonl"], "bare.jsonl has no rows"),
         (["--trace", "empty.txt"], "empty.txt is empty"),
         (["--trace", "empty.txt", "--data", "x"], "not allowed with"),
     ],
 )
 def test_mask_refuses_bad_input_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "bare.jsonl").touch()
     assert message in refused(capsys, mask.main, *arguments)
 
 
@@ -130,6 +142,9 @@ def test_export_drops_or_keeps_what_leaks_and_counts_it(tmp_path, capsys):
     assert Path("out.jsonl").read_bytes() == before
     assert ".jsonl or .parquet" in refused(capsys, export.main, *again, "guided.txt")
     assert "would be overwritten" in refused(capsys, export.main, *again, data)
+    folder = [*full, "--data", str(tmp_path), "--out", data]  # it trains on every train*.jsonl
+    assert "would be overwritten" in refused(capsys, export.main, *folder)
+    assert "required: --format" in refused(capsys, export.main, "--out", "out.jsonl")
     assert "--what is no flag of it" in refused(capsys, export.main, *again, "out.jsonl", "--what")
 
 
@@ -255,7 +270,7 @@ def test_compare_trains_measures_resumes_and_refuses_other_settings(tmp_path, ca
 # ---- The makers ----------------------------------------------------------------------------------
 
 
-def test_the_shipped_data_are_what_the_seed_makes_without_a_problem_twice():
+def test_what_is_shipped_is_what_the_seed_makes_without_a_problem_twice():
     for task in smepo.TOYS:
         for path, content in make_tasks.files_of(task, 0).items():
             assert path.read_bytes() == content
@@ -263,3 +278,36 @@ def test_the_shipped_data_are_what_the_seed_makes_without_a_problem_twice():
             row["question"] for row in rows("train", None, task) + rows("test", None, task)
         ]
         assert len(questions) == len(set(questions))
+        pretrain.make_tokenizer(toys.find(task)).save_pretrained("made")
+        shipped = TASKS / task / "base" / "tokenizer.json"
+        assert Path("made", "tokenizer.json").read_bytes() == shipped.read_bytes()
+
+
+def test_pretrain_makes_a_base_that_loads_and_leaves_what_lay_there(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "pretrain --steps 2 --batch_size 4 --out base".split())
+    monkeypatch.setattr(pretrain, "calibrate", lambda *_: {("none", 2): (0.5, 0.25)})
+    Path("base").mkdir()
+    Path("base/notes").touch()
+    pretrain.main()
+    assert "none      2  0.500     0.250" in capsys.readouterr().out
+    assert smepo.load_model("base", settings())[0].num_parameters() < 250_000
+    assert Path("base/notes").exists() and not list(Path("base").glob("*.new"))
+
+
+def test_pretraining_does_not_teach_what_the_environment_says():
+    search, told = toys.find("search"), smepo.find_domain("search").told
+    tokenizer = pretrain.make_tokenizer(search)
+    ids, _, labels = next(pretrain.batches(search, tokenizer, random.Random(0), 16, told))
+    for row, wanted in zip(ids, labels, strict=True):
+        text = tokenizer.decode(row[wanted >= 0])
+        assert "information>" not in text and text.startswith("<search>")
+        assert text.endswith("</answer><|end|>")
+
+
+def test_a_warmed_up_model_comes_with_problems_to_train_on(base, monkeypatch):
+    fresh = random_model("llama", len(base[1])), base[1]
+    monkeypatch.setattr(warm_up, "load_gguf", lambda path: fresh)
+    monkeypatch.setattr(sys, "argv", "warm_up --gguf a.gguf --out warm --steps 2".split())
+    warm_up.main()
+    paths = {"model": "warm", "data": "warm/train.jsonl", "test_data": "warm/test.jsonl"}
+    assert smepo.train(settings(**paths, steps=1, eval_samples=1)).name.startswith("math-")

@@ -100,6 +100,5 @@ def test_math_takes_linear_time_whatever_the_text():
                 smepo.leaks(smepo.mask_trace(text, "math", answer), answer, "math")
                 smepo.leaks(text, answer, "math")
                 smepo.reward(text, answer, "math")"""
-    command = [sys.executable, "-c", script]
     settings = {"input": json.dumps(HARD), "text": True, "cwd": ROOT, "timeout": 300}
-    subprocess.run(command, check=True, **settings)
+    subprocess.run([sys.executable, "-c", script], check=True, **settings)

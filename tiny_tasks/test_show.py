@@ -1,6 +1,6 @@
 """The command show: one training step by hand."""
 
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 import smepo
 from tiny_tasks import show
-from tiny_tasks.fixtures import rows, write_rows
+from tiny_tasks.fixtures import rows, unpadded_logprobs, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def printed(capsys, step: show.Step, monkeypatch, *arguments: str) -> str:
 def test_the_text_fits_100_columns_and_marks_on_a_pipe_too(steps, task, monkeypatch, capsys):
     out = printed(capsys, steps[task], monkeypatch)
     assert max(map(len, out.splitlines())) <= 100
-    assert "«[" in out and "\033" not in out
+    assert "«[" in out and "««" not in out and "\033" not in out
     assert steps[task].rollouts[0].problem.question in " ".join(out.split())
 
 
@@ -49,11 +49,13 @@ def test_advantages_are_told_from_the_rewards_and_sum_to_0(steps, task):
     rewards = [r.reward for r in step.rollouts]
     table = table_of(step, "a group")
     assert [row[1] for row in table] == rewards
-    assert [row[2] for row in table] == smepo.group_advantages(rewards, 8).tolist()
-    assert sum(row[2] for row in table_of(step, "The loss")) == pytest.approx(0, abs=1e-5)
+    assert [row[3] for row in table] == smepo.group_advantages(rewards, 8).tolist()
+    assert (
+        sum(row[2] for row in table) == 0 == pytest.approx(sum(row[3] for row in table), abs=1e-5)
+    )
 
 
-def test_the_shares_sum_to_the_loss_of_the_rollout_before_and_after(steps):
+def test_the_shares_sum_to_the_loss_of_the_rollout_after_the_step(steps):
     step = steps["search"]  # where an environment told some tokens: these have none
     i = max(range(8), key=lambda i: step.rollouts[i].advantage)
     r = step.rollouts[i]
@@ -61,31 +63,35 @@ def test_the_shares_sum_to_the_loss_of_the_rollout_before_and_after(steps):
     assert len(table) == sum(r.sampled) < len(r.sampled)
     before, after = torch.tensor([step.before[i]]), torch.tensor([step.after[i]])
     sampled, A = torch.tensor([r.sampled]), torch.tensor([r.advantage])
-    for new, column in ((before, 5), (after, 9)):
-        loss, _ = smepo.policy_loss(new, before, A, sampled)
-        assert sum(row[column] for row in table) == pytest.approx(float(loss / 8))
-    assert {row[3] for row in table} == {1.0} and len({row[7] for row in table}) > 1
+    loss, _ = smepo.policy_loss(after, before, A, sampled)
+    assert sum(row[6] for row in table) == pytest.approx(float(loss / 8))
+    assert {"yes", "no"} >= {row[5] for row in table} and len({row[4] for row in table}) > 1
 
 
-def test_the_bare_question_gives_another_probability(steps):
+def test_the_bare_question_gives_another_probability(steps, base):
     step = steps["arithmetic"]
     (prompt,) = (one for one in show.explain(step) if one.title == "Prompt c")
-    assert f"{step.bare[0]:.3g}, not {sum(step.before[0]):.3g}" in prompt.notes[1]
-    assert abs(step.bare[0] - sum(step.before[0])) > 0.1 and math.isfinite(step.bare[0])
+    guided = sum(step.before[0])
+    assert f"{guided:.3g}, but log π_old(o|x) = {step.bare:.3g}" in prompt.notes[1]
+    r = step.rollouts[0]
+    unguided = replace(r, prompt_ids=r.problem.prompts[False])
+    assert step.bare == pytest.approx(unpadded_logprobs(base[0], unguided).sum().item(), abs=1e-4)
+    assert abs(guided - step.bare) > 0.1
 
 
 def test_a_full_trace_shows_its_slide_and_no_gradient(tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", rows("train", 400)[-2:])
     show.main(["--guide", "full", "--data", data, "--test_data", data, "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "all A are 0" in out and "AdamW takes no step" in out
+    assert "the 8 rewards is 1;" in out and "all A are 0: no gradient" in out
 
 
-def test_without_a_guide_no_sentence_is_about_guides(tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", rows("train", 12))
-    show.main(["--guide", "none", "--data", data, "--test_data", data, "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "guide" not in out.lower() and "Trace t" not in out
+def test_without_a_guide_no_sentence_is_about_guides(capsys):
+    data = write_rows("rows.jsonl", rows("train", 12))
+    flags = ["--guide", "none", "--data", data, "--test_data", data, "--device", "cpu"]
+    show.main([*flags, "--html", "page.html"])
+    for text in capsys.readouterr().out, Path("page.html").read_text(encoding="utf-8"):
+        assert "guide" not in text.lower() and "Trace t" not in text
 
 
 def test_the_page_has_a_heading_the_equations_and_says_where_it_is(steps, monkeypatch, capsys):

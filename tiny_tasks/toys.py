@@ -1,13 +1,13 @@
-"""What the toys share: a split that needs no list, rows in the official schema, a copying test.
+"""What the tasks share: a split that needs no list, rows in the official schema, a copying test.
 
-A toy is a module `tiny_tasks/<task>/toy.py` with these names. A problem is whatever it likes.
+A task has a module `tiny_tasks/<task>/toy.py` with these names. A problem is whatever it likes.
 
     TRAIN, TEST                     {difficulty k: number of problems}
     draw_problem(rng, k)            a problem of difficulty k
     question_of(problem)            its text
     expert(problem)                 (expert trace, ground truth)
     draw_example(rng)               (question, guide shown or "", solution to imitate): pretraining
-    FILES                           {name: rows} of other files, where the toy needs any
+    FILES                           {name: rows} of other files, where the task needs any
     PRETRAIN_STEPS                  batches that its base is trained on
     altered(question, rng)          where there is one: a wrong trace, and its ground truth
     PHRASES, WORDS, PIECES          the vocabulary of the base: whole phrases, words, how to split
@@ -31,8 +31,19 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags by their full names; what is wrong with them is one line, as of all bad input."""
+
+    def __init__(self, prog: str, about: str):
+        super().__init__(prog, description=about, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise smepo.UserError(f"{self.prog}: {message}")
+
+
 def command(main) -> int:
     """The exit code of a script: bad input is said in one line."""
+    sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
     try:
         main()
     except (smepo.UserError, argparse.ArgumentError, OSError) as error:
@@ -42,7 +53,7 @@ def command(main) -> int:
 
 
 def find(task: str):
-    """The toy of a task: arithmetic, code or search."""
+    """The toy.py of a task: arithmetic, code or search."""
     return import_module(f"tiny_tasks.{task}.toy")
 
 
@@ -81,7 +92,7 @@ def to_jsonl(rows: list[dict]) -> bytes:
 
 
 def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float | None:
-    """Shown a wrong trace, how often does the answer follow it? None if the toy has no such."""
+    """Shown a wrong trace, how often does the answer follow it? None if the task has none."""
     toy = find(config.task)
     if not hasattr(toy, "altered"):
         return None

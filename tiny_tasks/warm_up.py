@@ -1,4 +1,4 @@
-"""Warm up a real pretrained model on expert traces of the arithmetic toy, until it solves a few.
+"""Warm up a real pretrained model on expert traces of the arithmetic task, until it solves a few.
 
     python -m tiny_tasks.warm_up --gguf FOLDER/FILE.gguf --out runs/warm
 
@@ -7,7 +7,6 @@ teach it the form of a solution and of a guide; their values are right. Beside i
 train on, train.jsonl and test.jsonl. It is run by hand; results/README.md says what came of it.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -46,7 +45,7 @@ def load_gguf(path: Path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = toys.Parser("warm_up", __doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, required=True, help="a Llama, such as SmolLM2")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--steps", type=toys.at_least_1, default=12)

@@ -6,7 +6,6 @@ import random
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,21 +69,6 @@ def test_calibration_of_the_shipped_base(base):
 
 
 # ---- What a trained base is needed for -----------------------------------------------------------
-
-
-def test_entropy_metric_estimates_the_entropy(fresh_base):
-    model, tokenizer = fresh_base
-    torch.manual_seed(0)
-    rollouts = smepo.rollout(*fresh_base, [problem(fresh_base)] * 128, [True] * 128, settings())
-    total, tokens = 0.0, 0
-    for i, r in enumerate(rollouts):
-        r.reward = float(i % 2)
-        logits = model(torch.tensor([r.prompt_ids + r.ids])).logits[0, -len(r.ids) - 1 : -1]
-        total += torch.distributions.Categorical(logits=logits).entropy().sum().item()
-        tokens += len(r.ids)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    stats = smepo.update(model, tokenizer, optimizer, rollouts, settings(group_size=128))
-    assert stats["entropy"] == pytest.approx(total / tokens, rel=0.1)
 
 
 def test_generation_settings_of_the_model_folder_do_not_reach_the_rollouts(base, tmp_path):

@@ -62,8 +62,8 @@ def outputs(program: str, inputs: list[str]) -> list[str | None]:
             written, _ = process.communicate()
         finally:
             kill(process)
-    begun = written.split(b"ready\n")[1]
-    return [json.loads(line) for line in begun.splitlines()]
+    begun = written.split(b"ready\n")[1].split(b"\n")  # a line without an end was cut off
+    return [json.loads(line) for line in begun[:-1]]
 
 
 def lines(text: str) -> list[str]:  # white space at their ends, and at the end of all, is free
@@ -77,9 +77,7 @@ def verdict(program: str, tests: str) -> bool:
     except ValueError:
         return False
     for _ in range(2):
-        with suppress(
-            OSError, IndexError, json.JSONDecodeError
-        ):  # the judge broke down: no verdict
+        with suppress(OSError, IndexError, json.JSONDecodeError):  # a breakdown: no verdict
             printed = outputs(program, [given for given, _ in pairs])
             wanted = [lines(text) for _, text in pairs]
             return [text is not None and lines(text) for text in printed] == wanted

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -20,109 +21,129 @@ from types import ModuleType
 MODULES = """array bisect cmath collections collections.abc copy dataclasses datetime decimal enum
 fractions functools heapq itertools json math operator random re statistics string sys typing"""
 SYS = {"stdin", "stdout", "maxsize", "setrecursionlimit", "exit"}
-# What of these modules evaluates texts or reads attributes by their names.
-NOT_EVEN = {"attrgetter", "methodcaller", "singledispatch", "singledispatchmethod", "Formatter"}
-NOT_EVEN |= {"get_type_hints", "ForwardRef", "make_dataclass", "evaluate_forward_ref"}
-BUILTINS = {"eval", "exec", "compile", "getattr", "setattr", "delattr", "globals", "locals", "vars"}
-BUILTINS |= {"dir", "breakpoint", "help", "memoryview", "open", "copyright", "credits", "license"}
-UNDERSCORED = {"__name__", "__init__", "__slots__", "__str__", "__repr__", "__eq__", "__lt__"}
-UNDERSCORED |= {"__len__", "__hash__", "_replace", "_asdict", "_fields", "_make"}
+# What evaluates texts, uses attributes by their names, or makes classes of texts.
+REFUSED = """attrgetter methodcaller singledispatch singledispatchmethod Formatter format_map wraps
+get_type_hints ForwardRef get_args evaluate_forward_ref TypedDict make_dataclass update_wrapper
+EnumMeta EnumType global_enum metaclass"""
+BUILTINS = """eval exec compile getattr setattr delattr globals locals vars dir breakpoint help
+memoryview open"""
+METHODS = """init str repr eq ne lt le gt ge hash len iter next getitem setitem delitem contains
+call add sub mul truediv floordiv mod pow neg abs bool int float index radd rsub rmul iadd isub imul
+and or xor enter exit post_init missing reversed lshift rshift invert name slots copy deepcopy"""
+UNDERSCORED = {f"__{name}__" for name in METHODS.split()} | {"__", "_replace", "_asdict", "_fields"}
 FRAMES = ("gi_", "f_", "tb_", "co_", "cr_", "ag_")
+COMMON = """array bisect calendar cmd code copy datetime email errno html keyword math numbers
+operator profile queue random re readline resource select signal stat statistics string struct
+symbol time token trace uuid"""
+MODULES, REFUSED, BUILTINS = set(MODULES.split()), set(REFUSED.split()), set(BUILTINS.split())
+ELSEWHERE = REFUSED | sys.stdlib_module_names - set(COMMON.split())  # no ordinary attributes
 READS = re.compile(r"\{[^{}:!]*[.\[]")  # a format that looks into what it shows
+FENCED = "os subprocess shutil socket ctypes pty signal sqlite3 mmap fcntl gc winreg _winapi"
 MOST = 2**22  # characters of output
+
+
+def need(allowed: bool) -> None:
+    if not allowed:
+        raise ValueError("not allowed")
 
 
 def public(module: str, name: str) -> bool:
     """May this name of a module be used? Not what it has imported itself."""
-    if module == "sys":
-        return name in SYS
+    if module not in MODULES or module == "sys":
+        return module == "sys" and name in SYS
+    found = import_module(module)
+    names = [each for each in getattr(found, "__all__", dir(found)) if each[0] != "_"]
     if name == "*":
-        return module != "operator"
-    value = getattr(import_module(module), name, None)
-    return not name.startswith("_") and name not in NOT_EVEN and not isinstance(value, ModuleType)
+        return all(public(module, each) for each in names)
+    return name in names and not isinstance(getattr(found, name, None), ModuleType)
 
 
-def imported(tree: ast.AST) -> dict[str, str] | None:
-    """{name in the program: module}; None if one is not allowed."""
-    names = {}
+def imported(tree: ast.AST) -> dict[str, str]:
+    """{name in the program: module}; none has two, and none is an attribute of a class."""
+    modules = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name not in MODULES.split() or (alias.asname or "").startswith("_"):
-                    return None
-                names[alias.asname or alias.name.partition(".")[0]] = alias.name
         if isinstance(node, ast.ImportFrom):
-            allowed = not node.level and node.module in MODULES.split()
-            if not allowed or not all(public(node.module, alias.name) for alias in node.names):
-                return None
-    return names
+            need(not node.level and all(public(node.module, alias.name) for alias in node.names))
+        if isinstance(node, ast.ClassDef):
+            need(not any(isinstance(part, ast.Import) for part in ast.walk(node)))
+        for alias in node.names if isinstance(node, ast.Import) else []:
+            name = alias.asname or alias.name
+            need(alias.name in MODULES and "." not in name)
+            need(modules.setdefault(name, alias.name) == alias.name)
+    return modules
 
 
-def is_allowed(tree: ast.AST) -> bool:
-    modules = imported(tree)
-    if modules is None:
-        return False
-    fine = set()  # nodes that are looked at with the one around them
-    for node in ast.walk(tree):
-        if node in fine:
-            continue
-        if isinstance(node, ast.Attribute):
-            base = node.value
-            if isinstance(base, ast.Name) and base.id in modules:
-                if not public(modules[base.id], node.attr):
-                    return False
-                fine.add(base)
-            own = isinstance(base, ast.Name) and base.id in ("self", "cls", "other")
-            hidden = node.attr.startswith("_") and not (own and node.attr[1:2] != "_")
-            if hidden and node.attr not in UNDERSCORED:
-                return False
-            constant = base.value if isinstance(base, ast.Constant) else ""
-            formats = node.attr == "format" and READS.search(str(constant))
-            if node.attr.startswith(FRAMES) or node.attr == "format_map" or formats:
-                return False
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "open":
-            if [getattr(argument, "value", None) for argument in node.args] != [0]:
-                return False
+def check_name(node: ast.AST, name: str) -> None:
+    need(name not in (BUILTINS | REFUSED if isinstance(node, ast.Name) else REFUSED))
+    need(not (name.startswith("__") and name.endswith("__")) or name in UNDERSCORED)
+    if isinstance(node, ast.Attribute | ast.MatchClass):  # whatever it is an attribute of
+        own = getattr(getattr(node, "value", None), "id", "") in ("self", "cls", "other")
+        need(name[0] != "_" or name in UNDERSCORED or own and name[-1] != "_")
+        need(name not in ELSEWHERE and not name.startswith(FRAMES))
+
+
+def check(tree: ast.AST) -> None:
+    """ValueError: it uses what is not allowed."""
+    modules, fine = imported(tree), set()  # nodes that were looked at with the one around them
+    for node in (node for node in ast.walk(tree) if node not in fine):
+        base, function = getattr(node, "value", None), getattr(getattr(node, "func", 0), "id", "")
+        if isinstance(node, ast.Attribute) and getattr(base, "id", None) in modules:
+            fine.add(base)
+            allowed = (ast.Load, ast.Store) if modules[base.id] == "sys" else ast.Load
+            need(public(modules[base.id], node.attr) and isinstance(node.ctx, allowed))
+        elif isinstance(node, ast.Attribute) and node.attr == "format":
+            need(isinstance(base, ast.Constant) and not READS.search(str(base.value)))
+        elif function == "open":
             fine.add(node.func)
-        elif isinstance(node, ast.Name):
-            dunder = node.id.startswith("__") and node.id not in UNDERSCORED
-            if dunder or node.id in BUILTINS or node.id in modules:  # a module only before a dot
-                return False
-        elif isinstance(node, ast.MatchClass) and any(k.startswith("_") for k in node.kwd_attrs):
-            return False
-    return True
+            need([getattr(argument, "value", None) for argument in node.args] == [0])
+        need(function != "type" or len(node.args) == 1)
+        need(not isinstance(node, ast.Name) or node.id not in modules)
+        for _, value in ast.iter_fields(node):
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str) and not isinstance(node, ast.Constant):
+                    check_name(node, name)
+
+
+def fence(event: str, arguments: tuple) -> None:
+    """A second wall, where that list has a gap: nothing outside of this process changes."""
+    fenced = event.split(".")[0] in FENCED.split() and event not in ("os.listdir", "os.scandir")
+    if fenced or event == "open" and arguments[1] not in ("r", "rb"):
+        raise PermissionError(event)
 
 
 def set_limits(seconds: float) -> None:
-    """Of time, memory and files, where the system has them; and a deadline of its own."""
-    with suppress(ImportError):  # Windows
+    """Of time, memory and files, where the system has them: Windows leaves them to judge.py."""
+    with suppress(ImportError):
         import resource
 
-        limits = {"AS": 2**29, "CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NOFILE": 64}
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # an alarm ends the process
+        limits = {"AS": 2**29, "CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0}
         for name, most in limits.items():
             with suppress(ValueError, OSError, AttributeError):
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
+    sys.addaudithook(fence)
+
+
+class Output(io.BytesIO):
+    def close(self):  # what was printed stays
+        pass
 
 
 def run(code, given: str) -> str | None:
     """What the program prints, None if it fails."""
-    main = ModuleType("__main__")
+    main, output, failed = ModuleType("__main__"), Output(), True
     allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
-    stdin = io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "replace")), "utf-8")
-    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True)
-    main.__dict__["__builtins__"] = allowed | {"open": lambda file: stdin, "exit": sys.exit}
-    sys.modules["__main__"], sys.stdin, sys.stdout = main, stdin, stdout
-    failed = True
+    sys.stdin = stdin = io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "replace")), "utf-8")
+    sys.stdout = io.TextIOWrapper(output, "utf-8", newline="\n", write_through=True)
+    allowed |= {"open": lambda file: stdin, "exit": sys.exit, "quit": sys.exit}
+    main.__dict__["__builtins__"], sys.modules["__main__"] = allowed, main
     with suppress(BaseException):
         try:
             exec(code, main.__dict__)
             failed = False
         except SystemExit as end:
             failed = end.code not in (None, 0)
-        printed = stdout.buffer.getvalue().decode("utf-8", "replace")
+    printed = output.getvalue().decode("utf-8", "replace")
     return None if failed or len(printed) > MOST else printed
 
 
@@ -134,7 +155,8 @@ def work() -> None:
     print("ready", file=out, flush=True)  # from here on a failure is the program's own
     try:
         tree = ast.parse(job["program"])
-        code = compile(tree, "program.py", "exec") if is_allowed(tree) else None
+        check(tree)
+        code = compile(tree, "program.py", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         code = None
     for given in job["inputs"]:
