@@ -12,55 +12,44 @@ from tiny_tasks.code import judge
 # ---- The mask: the first rule that fits wins, from left to right ---------------------------------
 
 RULES = [
+    # what becomes of it, its pattern, and an example, which a test runs
     ("keep", r"\$\$[\s\S]*?\$\$|\\\[[\s\S]*?\\\]", "$$ f(n) = f(n-1) + n $$"),
     ("keep", r"`+ ?\\?(?:[OoΘΩT]|Theta|mathcal\{O\}) ?\([^`\n]*\)[.,]?`+", "`O(n log n)`"),
     ("keep", r"`+[\w.]*\w\(\)`+|`+[a-z]{2,}(?:-[a-z]+)+`+", "`str.join()`"),
     (
-        "block",
+        "block",  # in a quote, in a list, after a word; up to its fence, or the end
         r"^(?P<quote>[ \t]*>)?"
         r"(?:[ \t>]*(?:[-*+] |\d+[.)] )?|[^`~\n]{0,99}(?=`{3,}[\w+#-]*[ \t\r]*$))"
-        r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})(?!.*\[CODE\]).*(?:\n|\Z)(?P<block>[\s\S]*?)"
+        r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})(?!.*\[CODE\]).*(?:\n|\Z)[> \t\r\n]*(?P<block>[\s\S]*?)"
         r"(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|(?(quote)^(?![ \t]*>)|\Z)|\Z)",
         "```python\nx = 1\n```",
     ),
     ("inline", r"(?<!`)(?P<ticks>`+)(?!`)(?P<inline>.{1,300}?)(?<!`)(?P=ticks)(?!`)", "`a[i] + 1`"),
 ]
 RULE = re.compile("|".join(f"(?:{pattern})" for _, pattern, _ in RULES), re.MULTILINE)
-# A call, an index, or an operator between two values.
-COMPUTES = re.compile(
+COMPUTES = re.compile(  # a call, an index, or an operator between two values
     r"[\w)\]][(\[]|\w\+\+|--\w|\blambda\b|[\w)\]'\"] ?[-+*/%^&|<>=!~]{1,3} ?[\w([{'\"-]"
 )
 CODE_LINE = re.compile(  # of a program without a fence
     r"\s*(?:(?:def|class|function|public|for|while|if|elif|with|from|import|return)\b[^.?!]*[\w):{;]"
-    r"|(?:>>>|In \[|#!|#include|//|/\*|@\w|<|SELECT |CREATE |INSERT |UPDATE ).*"
+    r"|(?:>>>|#!|#include|//|/\*|@\w|<|(?:SELECT|CREATE|INSERT|UPDATE) ).*"
     r"|[\w.$\[\]]+(?:, ?[\w.]+)* ?[-+*/]?= ?\S.*|[\w.]+\(.*\)|.*[;{}])\s*$"
 )
 
 
-def bare_spans(trace: str) -> list[tuple[int, int]]:
-    """Without a block: all of what begins with code; else the lines of code, if most are."""
-    lines = [line for line in trace.split("\n") if line.strip()]
-    code = [line for line in lines if CODE_LINE.match(line)]
-    if code and code[0] == lines[0]:
-        return [(0, len(trace))]
-    if len(code) > len(lines) / 2:
-        return [(trace.index(code[0]), trace.rindex(code[-1]) + len(code[-1]))]
-    return []
-
-
 def code_spans(trace: str, answer: str) -> list[Span]:
-    """What a block holds, without its fence, and inline code that computes."""
-    found = [match for match in RULE.finditer(trace) if match.lastgroup]
-    blocks = [match.span("block") for match in found if match["block"] is not None]
-    inline = [match.span("inline") for match in found if COMPUTES.search(match["inline"] or "")]
-    spans = []
-    for start, end in inline + (blocks or bare_spans(trace)):
-        code = trace[start:end].rstrip()
-        end = start + len(code)
-        start = end - len(code.lstrip("> \t\r\n"))  # indentation and prompts stay
-        if trace[start:end] not in ("", "[CODE]"):
-            spans.append((start, end, "[CODE]"))
-    return spans
+    """What a block holds, and inline code that computes; without a block, what is a program."""
+    found = list(RULE.finditer(trace))
+    spans = [match.span("inline") for match in found if COMPUTES.search(match["inline"] or "")]
+    blocks = [match.span("block") for match in found if match["block"]]
+    lines = list(re.finditer(r"\S.*", trace))
+    code = [line for line in lines if CODE_LINE.match(line[0])]
+    if code and not blocks and code[0] is lines[0]:
+        blocks = [(code[0].start(), len(trace))]
+    elif not blocks and len(code) > len(lines) / 2:
+        blocks = [(code[0].start(), code[-1].end())]
+    spans += [(start, start + len(trace[start:end].rstrip("> \t\r\n"))) for start, end in blocks]
+    return [(*span, "[CODE]") for span in spans if trace[slice(*span)] != "[CODE]"]
 
 
 # ---- The leak check: it shares nothing with the mask ---------------------------------------------

@@ -5,18 +5,13 @@ compute, names and attributes without a leading underscore, standard input and o
 the accidents of a model that learns to write programs; against an attacker, use a container.
 """
 
-import ast
+import _ast as ast  # the nodes alone: all of `ast` takes as long as a Python to start
+import _thread
 import builtins
 import io
-import json
+import marshal
 import os
-import re
-import signal
 import sys
-import threading
-from contextlib import suppress
-from importlib import import_module
-from types import ModuleType
 
 MODULES = """array bisect cmath collections collections.abc copy dataclasses datetime decimal enum
 fractions functools heapq itertools json math operator random re statistics string sys typing"""
@@ -37,7 +32,7 @@ operator profile queue random re readline resource select signal stat statistics
 symbol time token trace uuid"""
 MODULES, REFUSED, BUILTINS = set(MODULES.split()), set(REFUSED.split()), set(BUILTINS.split())
 ELSEWHERE = REFUSED | sys.stdlib_module_names - set(COMMON.split())  # no ordinary attributes
-READS = re.compile(r"\{[^{}:!]*[.\[]")  # a format that looks into what it shows
+READS = r"\{[^{}:!]*[.\[]"  # a format that looks into what it shows
 FENCED = "os subprocess shutil socket ctypes pty signal sqlite3 mmap fcntl gc winreg _winapi"
 MOST = 2**22  # characters of output
 
@@ -47,25 +42,41 @@ def need(allowed: bool) -> None:
         raise ValueError("not allowed")
 
 
+def walk(tree: ast.AST) -> list[ast.AST]:
+    """All nodes, each one before those within it."""
+    nodes = [tree]
+    for node in nodes:
+        for value in [getattr(node, field, None) for field in node._fields]:
+            children = value if isinstance(value, list) else [value]
+            nodes += [child for child in children if isinstance(child, ast.AST)]
+    return nodes
+
+
+def looks_inside(text: str) -> bool:
+    import re  # few programs need it
+
+    return bool(re.search(READS, text))
+
+
 def public(module: str, name: str) -> bool:
     """May this name of a module be used? Not what it has imported itself."""
     if module not in MODULES or module == "sys":
         return module == "sys" and name in SYS
-    found = import_module(module)
+    found = __import__(module, fromlist=["*"])
     names = [each for each in getattr(found, "__all__", dir(found)) if each[0] != "_"]
     if name == "*":
         return all(public(module, each) for each in names)
-    return name in names and not isinstance(getattr(found, name, None), ModuleType)
+    return name in names and not isinstance(getattr(found, name, None), type(sys))
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
     """{name in the program: module}; none has two, and none is an attribute of a class."""
     modules = {}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.ImportFrom):
             need(not node.level and all(public(node.module, alias.name) for alias in node.names))
         if isinstance(node, ast.ClassDef):
-            need(not any(isinstance(part, ast.Import) for part in ast.walk(node)))
+            need(not any(isinstance(part, ast.Import) for part in walk(node)))
         for alias in node.names if isinstance(node, ast.Import) else []:
             name = alias.asname or alias.name
             need(alias.name in MODULES and "." not in name)
@@ -85,20 +96,20 @@ def check_name(node: ast.AST, name: str) -> None:
 def check(tree: ast.AST) -> None:
     """ValueError: it uses what is not allowed."""
     modules, fine = imported(tree), set()  # nodes that were looked at with the one around them
-    for node in (node for node in ast.walk(tree) if node not in fine):
+    for node in (node for node in walk(tree) if node not in fine):
         base, function = getattr(node, "value", None), getattr(getattr(node, "func", 0), "id", "")
         if isinstance(node, ast.Attribute) and getattr(base, "id", None) in modules:
             fine.add(base)
             allowed = (ast.Load, ast.Store) if modules[base.id] == "sys" else ast.Load
             need(public(modules[base.id], node.attr) and isinstance(node.ctx, allowed))
         elif isinstance(node, ast.Attribute) and node.attr == "format":
-            need(isinstance(base, ast.Constant) and not READS.search(str(base.value)))
+            need(isinstance(base, ast.Constant) and not looks_inside(str(base.value)))
         elif function == "open":
             fine.add(node.func)
             need([getattr(argument, "value", None) for argument in node.args] == [0])
         need(function != "type" or len(node.args) == 1)
         need(not isinstance(node, ast.Name) or node.id not in modules)
-        for _, value in ast.iter_fields(node):
+        for _, value in [(f, getattr(node, f, None)) for f in node._fields]:
             for name in value if isinstance(value, list) else [value]:
                 if isinstance(name, str) and not isinstance(node, ast.Constant):
                     check_name(node, name)
@@ -113,15 +124,17 @@ def fence(event: str, arguments: tuple) -> None:
 
 def set_limits(seconds: float) -> None:
     """Of time, memory and files, where the system has them: Windows leaves them to judge.py."""
-    with suppress(ImportError):
-        import resource
-
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # an alarm ends the process
-        limits = {"AS": 2**29, "CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0}
-        for name, most in limits.items():
-            with suppress(ValueError, OSError, AttributeError):
-                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     sys.addaudithook(fence)
+    try:
+        import resource
+    except ImportError:
+        return
+    limits = {"AS": 2**29, "CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0}
+    for name, most in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        except (ValueError, OSError, AttributeError):  # this system has no such limit
+            pass
 
 
 class Output(io.BytesIO):
@@ -129,46 +142,49 @@ class Output(io.BytesIO):
         pass
 
 
-def run(code, given: str) -> str | None:
+def run(code, given: str) -> bytes | None:
     """What the program prints, None if it fails."""
-    main, output, failed = ModuleType("__main__"), Output(), True
+    main, output, failed = type(sys)("__main__"), Output(), True
     allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
     sys.stdin = stdin = io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "replace")), "utf-8")
     sys.stdout = io.TextIOWrapper(output, "utf-8", newline="\n", write_through=True)
     allowed |= {"open": lambda file: stdin, "exit": sys.exit, "quit": sys.exit}
     main.__dict__["__builtins__"], sys.modules["__main__"] = allowed, main
-    with suppress(BaseException):
-        try:
-            exec(code, main.__dict__)
-            failed = False
-        except SystemExit as end:
-            failed = end.code not in (None, 0)
-    printed = output.getvalue().decode("utf-8", "replace")
+    try:
+        exec(code, main.__dict__)
+        failed = False
+    except SystemExit as end:
+        failed = end.code not in (None, 0)
+    except BaseException:
+        pass
+    printed = output.getvalue()
     return None if failed or len(printed) > MOST else printed
 
 
-def work() -> None:
-    """A line of JSON says what to do; a line of JSON for each test says what was printed."""
-    out = sys.__stdout__
-    job = json.loads(sys.stdin.readline())
-    set_limits(job["seconds"])
-    print("ready", file=out, flush=True)  # from here on a failure is the program's own
+def work(job: dict, out) -> None:
+    """`ready`, then a line for each test: what was printed, in hexadecimal digits."""
     try:
-        tree = ast.parse(job["program"])
+        set_limits(job["seconds"])
+        out.write(b"ready\n")  # from here on a failure is the program's own
+        out.flush()
+        tree = compile(job["program"], "program.py", "exec", ast.PyCF_ONLY_AST)
         check(tree)
         code = compile(tree, "program.py", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        code = None
-    for given in job["inputs"]:
-        printed = run(code, given) if code else None
-        print(json.dumps(printed), file=out, flush=True)
-        if printed is None:
-            break
-    os._exit(0)  # whatever it has started or registered
+        for given in job["inputs"]:
+            printed = run(code, given)
+            if printed is None:
+                break
+            out.write(printed.hex().encode() + b"\n")
+            out.flush()
+    finally:
+        os._exit(0)  # whatever it has started or registered
 
 
 if __name__ == "__main__":
-    threading.stack_size(2**26)
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
+    job = marshal.load(sys.stdin.buffer)
+    _thread.stack_size(2**26)  # for deep recursion
+    _thread.start_new_thread(work, (job, sys.stdout.buffer))
+    done = _thread.allocate_lock()
+    done.acquire()
+    done.acquire(timeout=job["seconds"])  # the deadline, on every system
+    os._exit(1)
