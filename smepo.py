@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """SMEPO, Semantic Masked Expert Policy Optimization (arXiv 2605.25198), in one file.
 
-The problem: reinforcement learning with verifiable rewards stalls where all rollouts of a
-group fail, for then every advantage is 0. An expert's solution in the prompt helps, but it
-shows what the verifier checks: the policy copies it, the reward rises to 1, and without it
-nothing was learned. The idea: show the solution, but hide the spans that the reward depends
-on (in math, the numbers).
+Reinforcement learning with verifiable rewards stalls where all rollouts of a group fail, for then
+every advantage is 0. An expert's solution in the prompt helps, but it shows what the verifier
+checks: the policy copies it, and learns nothing. So show the solution, but hide the spans that the
+reward depends on (in math, the numbers):
 
     question x   Compute 7 - 6 + 3 * 5
     trace t      Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1.
@@ -21,19 +20,17 @@ with another prompt c, and the evaluation shows no trace. Each line is a functio
     ratio      rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)  token_logprobs
     loss       -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)
                                                                   policy_loss
-The ratio's context is c, guide included, above and below the bar: the rollout was sampled there.
-
-Shapes: B problems, G rollouts of each, N rows (B*G or some of them), P prompt tokens,
-T completion tokens, V words in the vocabulary.
+The ratio's context is c, guide included, in pi and in pi_old: the rollout was sampled there.
+B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion tokens, V words.
 
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 141 to 787, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 129 to 739, half an hour to read; below it are data, disk and flags. Left
 out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
 mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
-(python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs (python -m
-tiny_tasks.export writes the prompts for TRL and verl).
+(python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs
+(python -m tiny_tasks.export writes the prompts for TRL and verl).
 """
 
 from __future__ import annotations
@@ -46,11 +43,10 @@ import math
 import os
 import random
 import re
-import shutil
-import sqlite3
 import sys
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -63,14 +59,13 @@ from typing import Literal
 import datasets
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
 
 TASKS = Path(__file__).resolve().parent / "tiny_tasks"
-TOYS = ("arithmetic", "code", "search")
-Ids = list[int]  # token ids
 
 
 class UserError(Exception):
@@ -109,52 +104,43 @@ class Config:
     temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
     max_prompt_tokens: int = 256  # problems with a longer prompt are left out
     max_new_tokens: int = 64  # sampled; a rollout without an end by then earns 0
-    eval_every: int = 20  # steps between points of the accuracy curve
+    eval_every: int = 20  # steps between points of the accuracy curve, and checkpoints
     eval_samples: int = 4  # samples of each test problem
-    save_every: int = 10  # steps between checkpoints
     seed: int = 0  # same seed, same machine, same result
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = ""  # cpu, cuda or mps; by default the best there is
     threads: int = 1  # CPU threads; more help a model larger than the toy's
 
     def __post_init__(self):
         lowest = {"seed": 0, "group_size": 2, "temperature": 0.01, "fade_until": 0.01}
         for name, value in asdict(self).items():
-            if type(value) in (int, float):
-                counts = isinstance(getattr(Config, name), int)
-                low = lowest.get(name, 1 if counts else 0)
-                if not low <= value < 2**31:  # nan is not
-                    raise UserError(f"--{name} {value}: it must be from {low} to 2147483647")
+            low = lowest.get(name, int(isinstance(getattr(Config, name), int)))
+            if isinstance(value, int | float) and not low <= value < 2**31:  # nan is not
+                raise UserError(f"--{name} {value}: it must be from {low} to 2147483647")
         if not re.fullmatch(r"always|on-failure|fade|0?\.\d+|[01](\.0*)?", self.guide_when):
-            rule = "always, on-failure, fade or a fraction from 0 to 1"
-            raise UserError(f"--guide_when {self.guide_when}: it must be {rule}")
+            raise UserError(f"--guide_when {self.guide_when}: always, on-failure, fade or 0 to 1")
         if self.prompts_per_step % self.mini_batches:
             raise UserError(f"--mini_batches {self.mini_batches} must divide --prompts_per_step")
         if self.data.endswith(("jsonl", "parquet")) and not self.test_data:
             raise UserError(f"--data {self.data} is one file: give --test_data, too")
-        toy = TASKS / self.task
-        self.model = self.model or str(toy / "base")
-        self.test_data = self.test_data or self.data or str(toy / "test.jsonl")
-        self.data = self.data or str(toy / "train.jsonl")
+        self.test_data = self.test_data or self.data
         self.domain = self.domain or self.task.replace("arithmetic", "math")
 
 
 # ---- The guide: what the policy is shown of the expert's trace -------------------
 
-Span = tuple[int, int, str]  # start, end, and the mask shown instead
-
 
 @dataclass
 class Domain:
-    """What the verifier reads is what the mask must hide: both stand in one file. So
+    """What the verifier reads is what the mask must hide: both stand in one file. The whole of
+    colors.py, taken by --domain colors:
 
         DOMAIN = Domain(
             spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
             leaks=lambda masked, answer: answer in masked,
             rewards=lambda texts, truths: [float(b in a) for a, b in zip(texts, truths)],
-        )
-    in colors.py is a domain, taken by --domain colors."""
+        )"""
 
-    spans: Callable  # (trace, answer) -> list[Span]: what the reward depends on
+    spans: Callable  # (trace, answer) -> list: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
     rewards: Callable  # (completions, truths) -> list[float], each from 0 to 1
     solved_from: float = 1.0  # the least reward that counts as solved, where one pays in parts
@@ -167,15 +153,15 @@ def find_domain(name: str) -> Domain:
     """Math is in this file. Any other is a module with a DOMAIN, imported when asked for."""
     if name == "math":
         return MATH
-    return import_module(f"tiny_tasks.{name}.domain" if name in TOYS[1:] else name).DOMAIN
+    return import_module(f"tiny_tasks.{name}.domain" if (TASKS / name).exists() else name).DOMAIN
 
 
-def hidden_spans(trace: str, domain: str, answer: str = "") -> list[Span]:
+def hidden_spans(trace: str, domain: str, answer="") -> list:
     """The reward-relevant spans, left to right; they may overlap. No `answer`: the one stated."""
     return sorted(find_domain(domain).spans(trace, answer))
 
 
-def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
+def random_spans(trace: str, spans: list, seed: str) -> list:
     """As many words and signs as the spans hold, anywhere: only *where* differs."""
     pieces = [match.span() for match in re.finditer(r"\w+|[^\w\s]", trace)]
     hidden = [piece for piece in pieces if any(a <= piece[0] < b for a, b, _ in spans)]
@@ -183,7 +169,7 @@ def random_spans(trace: str, spans: list[Span], seed: str) -> list[Span]:
     return sorted((*piece, spans[0][2]) for piece in chosen)
 
 
-def replace_spans(trace: str, spans: list[Span]) -> str:
+def replace_spans(trace: str, spans: list) -> str:
     text, end = "", 0
     for a, b, mask in spans:
         if a >= end:  # else they overlap, and share the first one's mask
@@ -192,19 +178,7 @@ def replace_spans(trace: str, spans: list[Span]) -> str:
     return text + trace[end:]
 
 
-def mask_trace(trace: str, domain: str, answer: str = "") -> str:
-    """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
-    return replace_spans(trace, hidden_spans(trace, domain, answer))
-
-
-def leaks(masked: str, answer: str, domain: str) -> bool:
-    """Can what the verifier checks still be read off the masked text?"""
-    return find_domain(domain).leaks(masked, answer)
-
-
-def guide_trace(
-    trace: str, guide: str, domain: str, answer: str = "", prefix_ratio=0.5, seed=""
-) -> str:
+def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (in whole lines), random, semantic (SMEPO)."""
     if guide == "none":
         return ""
@@ -217,6 +191,16 @@ def guide_trace(
     if guide == "random":
         spans = random_spans(trace, spans, seed)
     return replace_spans(trace, spans)
+
+
+def mask_trace(trace: str, domain: str, answer="") -> str:
+    """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
+    return guide_trace(trace, "semantic", domain, answer)
+
+
+def leaks(masked: str, answer: str, domain: str) -> bool:
+    """Can what the verifier checks still be read off the masked text?"""
+    return find_domain(domain).leaks(masked, answer)
 
 
 def reward(completion: str, ground_truth: str, domain: str) -> float:
@@ -235,6 +219,11 @@ LAST_STATED = re.compile(
     r"(.*?)(?:[.](?=\s|$)|</|$)",  # up to the end of its sentence
     re.MULTILINE,
 )
+CHOICE = r"(?i)\(?[A-J]\)?"  # an answer that is the letter of an option
+STATED_CHOICE = re.compile(r"^\(?([a-j])(?:\)$|$|(?:[):.] ?+| (?=[a-z]))(?!and\b|or\b|,).*)")
+TYPESETTING = re.compile(
+    r"\\(?:text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}|\\?[$%]|\\[!,;()\[\]]|(?<=\\)[dt](?=frac)"
+)
 
 
 def stated(text: str) -> str:
@@ -245,9 +234,7 @@ def stated(text: str) -> str:
 
 def clean(text: str) -> str:
     r"""Without what only typesets: `$\text{(B)}$.` is `(B)`."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}", r"\1", text.replace("−", "-"))
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\?[$%]|\\[!,;()\[\]]", "", text)
+    text = TYPESETTING.sub(r"\1", text.replace("−", "-"))
     return text.lstrip(" \n*`").rstrip(" \n*`.")
 
 
@@ -267,18 +254,15 @@ def same_answer(given: str, truth: str) -> bool:
     value = number_value(truth)
     if value is not None:
         return number_value(given) == value
-    given, truth = clean(given), clean(truth)
-    option = re.match(r"\(?([A-J])(?:[):.]\s*+|\s++(?=[a-z]))(?!and\b|or\b|,)", given)
-    if option and truth.strip("()") == option[1]:
-        return True
-    given, truth = (re.sub(r"\s|^\((?=\w\)$)|(?<=^\(\w)\)$", "", t) for t in (given, truth))
-    return truth != "" and given.casefold() == truth.casefold()
+    given, truth = (re.sub(r"\s+", " ", clean(text)).casefold() for text in (given, truth))
+    if re.fullmatch(CHOICE, truth):
+        truth, given = truth.strip("()"), STATED_CHOICE.sub(r"\1", given)
+    return truth != "" and given.replace(" ", "") == truth.replace(" ", "")
 
 
 def math_rewards(texts: list[str], truths: list[str]) -> list[float]:
     """1.0 where the last answer that a text states is right, else 0.0."""
-    pairs = zip(texts, truths, strict=True)
-    return [float(same_answer(stated(text), truth)) for text, truth in pairs]
+    return [float(same_answer(stated(a), b)) for a, b in zip(texts, truths)]
 
 
 # ---- Math: what is hidden --------------------------------------------------------
@@ -296,31 +280,28 @@ LIST = r"^[ \t>*_#-]*(?:\(\d{1,2}\)|\d{1,2}(?:\.\d+)*[.):]|(?<=# )\d[\d.]*)"
 SIGN = r"(?:(?<![\w)\]}'!])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # no operator, as in n-3 and 7 - 6
 DIGITS = r"(?:\d+(?:(?:,|\{,\})\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 
-# One regex reads a trace from left to right, and the first rule that matches wins: "Step 1" is
-# kept before a number can begin at its 1.
-RULES = [
-    # what becomes of it, its pattern, and an example, which a test runs
-    ("keep", r"\[(?:NUMBER|ANSWER)\]", "[NUMBER]"),
-    ("keep", rf"{LABEL}[ ~.#]{{0,2}}{ID}", "Step 1"),
-    ("keep", rf"{LABEL}s[ ~]{ID}(?:(?:,|,? and| to) {ID})*", "Cases 1, 2 and 3"),
-    ("keep", LIST + r"(?=[*_]*[ \t]+\S)", "1. Let"),
-    ("keep", r"(?<!log)(?<!int)(?<!sum)_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+", "x_1"),
-    ("keep", r"\\(?:tag|label|(?:eq)?ref)\*?\{[^{}]*\}", r"\tag{1}"),
-    ("box", r"(?<=boxed\{)" + BRACED + r"+(?=\})", r"\boxed{x+1}"),
-    ("number", rf"(?<![A-Za-z])(?i:(?:one[ -])?{WORD}(?:[ -](?:one|{WORD}))*)\b", "forty-two"),
-    ("number", r"[¼-¾⅐-⅞⁺⁻⁰¹²³⁴-⁹]+", "½"),
-    ("number", SIGN + DIGITS + r"(?: ?\\?%|(?:st|nd|rd|th)\b)?", "-1,234.5%"),
-]
-RULE = re.compile(
-    "|".join(f"(?P<{action}_{i}>{pattern})" for i, (action, pattern, _) in enumerate(RULES)),
-    re.MULTILINE,
-)
-CHOICE = r"\(?[A-J]\)?"  # an answer that is the letter of an option
+# One regex reads a trace from left to right, and what matches first wins: "Step 1" is kept before
+# a number can begin at its 1. Each pattern has an example, which a test runs.
+KEEP = {
+    r"\[(?:NUMBER|ANSWER)\]": "[NUMBER]",
+    rf"{LABEL}[ ~.#]{{0,2}}{ID}": "Step 1",
+    rf"{LABEL}s[ ~]{ID}(?:(?:,|,? and| to) {ID})*": "Cases 1, 2 and 3",
+    LIST + r"(?=[*_]*[ \t]+\S)": "1. Let",
+    r"(?<!log)(?<!int)(?<!sum)_(?:\d+|\{[\w+*, -]{1,20}\})|[₀-₉]+": "x_1",
+    r"\\(?:tag|label|(?:eq)?ref)\*?\{[^{}]*\}": r"\tag{1}",
+}
+HIDE = {
+    rf"(?<![A-Za-z])(?i:(?:one[ -])?{WORD}(?:[ -](?:one|{WORD}))*)\b": "forty-two",
+    r"[¼-¾⅐-⅞⁺⁻⁰¹²³⁴-⁹]+": "½",
+    SIGN + DIGITS + r"(?: ?\\?%|(?:st|nd|rd|th)\b)?": "-1,234.5%",
+}
+KEPT = re.compile("|".join(KEEP), re.MULTILINE)
+KEPT_OR_NUMBER = re.compile(rf"{KEPT.pattern}|({'|'.join(HIDE)})", re.MULTILINE)
 # That letter in a trace: it is no article, no variable, no function.
 OPTION = r"(?<![A-Za-z\\'’])(?![AI] (?!is|are|and|or)[a-z])[A-J](?![\w'’^(]|\s?=)"
 
 
-def answer_spans(trace: str, answer: str) -> list[Span]:
+def answer_spans(trace: str, answer: str) -> list:
     """An answer that is no number, wherever it stands; of options all, as the rest would tell."""
     answer = clean(answer)
     if not re.search(r"\w", answer) or number_value(answer) is not None:
@@ -330,25 +311,20 @@ def answer_spans(trace: str, answer: str) -> list[Span]:
         pieces = map(re.escape, re.findall(r"\\?[A-Za-z]+|[^\s{}$]", answer))
         text = r"[\s{}$]*".join(pieces) + r"\}?" * answer.endswith("}")
         pattern = rf"(?<![A-Za-z\d\\])(?i:{text})(?![A-Za-z\d])"
-    found = re.finditer(rf"{RULES[0][1]}|({pattern})", trace)
+    found = re.finditer(rf"{KEPT.pattern}|({pattern})", trace, re.MULTILINE)
     return [(*match.span(), "[ANSWER]") for match in found if match[1]]
 
 
-def math_spans(trace: str, answer: str) -> list[Span]:
-    """Numbers, boxes, and the answer: the given one, else what the trace states."""
+def math_spans(trace: str, answer: str) -> list:
+    """Numbers, and the answer: the given one, else what the trace states."""
     spans = answer_spans(trace, answer or stated(trace))
-    for match in RULE.finditer(trace):
-        if match.lastgroup.startswith("box") and number_value(match[0]) is None:
-            spans.append((*match.span(), "[ANSWER]"))
-        elif not match.lastgroup.startswith("keep"):
-            spans.append((*match.span(), "[NUMBER]"))
-    return spans
+    numbers = [match for match in KEPT_OR_NUMBER.finditer(trace) if match[1]]
+    return spans + [(*match.span(), "[NUMBER]") for match in numbers]
 
 
 # ---- Math: can the answer still be read off? -------------------------------------
 # It shares with the mask what is kept, labels and the like, whose numbers are no values. It shares
 # nothing else, or it could not see what the mask misses.
-KEPT = re.compile("|".join(rule for action, rule, _ in RULES if action == "keep"), re.MULTILINE)
 
 
 def math_leaks(masked: str, answer: str) -> bool:
@@ -356,8 +332,8 @@ def math_leaks(masked: str, answer: str) -> bool:
     text = KEPT.sub(" ", masked)
     value = number_value(answer)
     if value is not None:  # a sign may be an operator: [NUMBER] - 17
-        numbers = re.findall(r"\\[dt]?frac\{\d+\}\{\d+\}|\d+/\d+", text)
-        numbers += re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+", text)
+        fraction = r"\\[dt]?frac\{\d+\}\{\d+\}|\d+/\d+"
+        numbers = re.findall(rf"{fraction}|\d+(?:,\d{{3}})+(?:\.\d+)?|\d*\.?\d+", text)
         spelled = re.search(rf"(?i)\b{WORD}\b", text)
         return bool(spelled) or abs(value) in map(number_value, numbers)
     if re.fullmatch(CHOICE, clean(answer)):
@@ -382,10 +358,10 @@ class Problem:
     difficulty: str = "all"  # groups the evaluation
     guide: str = ""  # what the policy may be shown of the trace
     leaky: bool = False  # whether the guide gives the answer away
-    prompts: tuple[Ids, ...] = ()  # without the guide and with it: indexed by "is it guided?"
+    prompts: tuple = ()  # without the guide and with it: indexed by "is it guided?"
 
 
-def build_messages(question: str, guide_text: str = "", system: str = "") -> list[dict]:
+def build_messages(question: str, guide_text="", system=""):
     """The guide stands as a finished assistant turn before the one to be written."""
     turns = {"system": system, "user": question}
     if guide_text:
@@ -393,32 +369,32 @@ def build_messages(question: str, guide_text: str = "", system: str = "") -> lis
     return [{"role": role, "content": text} for role, text in turns.items() if text]
 
 
-def build_prompt(tokenizer, question: str, guide_text: str = "", system: str = "") -> str:
+def build_prompt(tokenizer, question: str, guide_text="", system="") -> str:
     messages = build_messages(question, guide_text, system)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if question.strip() not in prompt or guide_text.strip() not in prompt:
         raise UserError("the model's chat template drops a part of the question or of the guide")
-    closed = guide_text and prompt == tokenizer.apply_chat_template(messages, tokenize=False)
-    if closed or prompt.rstrip().endswith(tokenizer.eos_token or "no eos"):
+    if prompt.rstrip().endswith(tokenizer.eos_token):
         raise UserError("the model's chat template opens no turn after the question or the guide")
     return prompt
 
 
-def read_problems(path: str, guide: str, config: Config, split="train") -> list[Problem]:
+def read_problems(path: str, guide: str, config, split="train"):
     """Of rows in the schema of the official data, {"question": "...", "reward_model":
     {"ground_truth": "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}, of which the last two
-    may be missing where they are not needed."""
+    may be missing where they are not needed. Without a path those of the toy."""
+    path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
     for number, row in enumerate(read_rows(path, split), start=1):
-        trace, difficulty = row.get("teacher_ds") or "", row.get("difficulty", "all")
         truth = (row.get("reward_model") or {}).get("ground_truth")
         answer = "" if truth is None else str(truth).strip()
+        trace = row.get("teacher_ds") or ""
         if not row.get("question") or not answer or (needs_trace and not trace):
             parts = "question, reward_model.ground_truth or teacher_ds"
             mend = f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
             raise UserError(f"{path} row {number} has no {parts}: {mend}")
-        p = Problem(row["question"], answer, trace, str(difficulty))
+        p = Problem(row["question"], answer, trace, str(row.get("difficulty", "all")))
         seed = f"{config.seed} {p.question}"
         p.guide = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio, seed)
         p.leaky = leaks(p.guide, answer, config.domain)
@@ -426,18 +402,18 @@ def read_problems(path: str, guide: str, config: Config, split="train") -> list[
     return problems
 
 
-def load_problems(path: str, guide: str, tokenizer, config: Config, split="train"):
-    """The problems of a file that fit, with their prompts."""
+def load_problems(path: str, guide: str, tokenizer, config, split="train"):
+    """The problems whose prompts are short enough, with these."""
     problems = read_problems(path, guide, config, split)
     for p in problems:
         texts = [build_prompt(tokenizer, p.question, g, config.system) for g in ("", p.guide)]
         # the chat template has written the special tokens
         p.prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    lengths = [len(p.prompts[True]) for p in problems]
     fitting = [p for p in problems if len(p.prompts[True]) <= config.max_prompt_tokens]
-    print(f"{path}: {len(fitting)} of {len(problems)} prompts fit into --max_prompt_tokens")
+    print(f"{len(fitting)} of {len(problems)} {split} prompts fit into --max_prompt_tokens")
     if not fitting:
-        shortest = min([len(p.prompts[True]) for p in problems], default=0)
-        raise UserError(f"{path}: the shortest prompt has {shortest} tokens: --max_prompt_tokens")
+        raise UserError(f"--max_prompt_tokens: the shortest prompt has {sorted(lengths)[:1]}")
     return fitting
 
 
@@ -448,9 +424,9 @@ def load_problems(path: str, guide: str, tokenizer, config: Config, split="train
 class Rollout:
     problem: Problem
     guided: bool
-    prompt_ids: Ids  # the very prompt it was sampled from: the context of the ratio
-    ids: Ids  # the completion, up to and including the first EOS
-    sampled: Ids  # of each of them: 1 if the policy chose it, 0 if an environment wrote it
+    prompt_ids: list[int]  # the very prompt it was sampled from: the context of the ratio
+    ids: list[int]  # the completion, up to and including the first EOS
+    sampled: list[int]  # of each of them: 1 if the policy chose it, 0 if an environment wrote it
     text: str
     ended: bool  # with an EOS; else it was cut off
     reward: float
@@ -458,14 +434,15 @@ class Rollout:
     advantage: float = 0.0
 
 
-def pad(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask (N, longest); by position, as the pad token may be the EOS, too."""
+def pad(rows: list[list[int]], device):
+    """Ids and attention mask, padded on the left, (N, longest); the mask goes by position, as the
+    pad token may be the EOS, too."""
     tensors = [torch.tensor(row, device=device) for row in rows]
-    ids = pad_sequence(tensors, True, -1, side)  # -1 is no token
+    ids = pad_sequence(tensors, True, -1, "left")  # -1 is no token
     return ids.clamp(min=0), (ids >= 0).long()
 
 
-def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
+def until_eos(ids: list[int], eos_ids):
     """The first EOS was sampled and counts; generate pads what follows it."""
     for t, token in enumerate(ids):
         if token in eos_ids:
@@ -473,7 +450,7 @@ def until_eos(ids: Ids, eos_ids: Ids) -> Ids:
     return ids
 
 
-def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> list[Ids]:
+def sample(model, prompts: list[list[int]], config, stops=None):
     """A completion of each prompt. `stops`: stopping_criteria of generate, beside the EOS."""
     eos_ids = model.generation_config.eos_token_id
     settings = GenerationConfig(  # all of them: top_k, left unset, would be 50
@@ -487,31 +464,30 @@ def sample(model, tokenizer, prompts: list[Ids], config: Config, stops=None) -> 
     )
     completions = []
     for part in chunks(prompts, config.generate_batch):
-        ids, attention_mask = pad(part, "left", model.device)  # (N, P)
-        inputs = {"input_ids": ids, "attention_mask": attention_mask, "stopping_criteria": stops}
-        rows = model.generate(**inputs, generation_config=settings)  # (N, P+T)
-        completions += rows[:, ids.shape[1] :].tolist()
+        ids, mask = pad(part, model.device)  # (N, P)
+        rows = model.generate(ids, settings, attention_mask=mask, stopping_criteria=stops)
+        completions += rows[:, ids.shape[1] :].tolist()  # of (N, P+T)
     return [until_eos(row, eos_ids) for row in completions]
 
 
-def rollout(model, tokenizer, problems, guided: list[bool], config: Config) -> list[Rollout]:
-    """One rollout of each problem, `guided` or not. G of the same in a row are a group."""
+def rollout(model, tokenizer, problems, guided, config, n=1) -> list[Rollout]:
+    """n rollouts of each problem in a row, its group: all from one prompt, `guided` or not."""
     domain = find_domain(config.domain)
-    prompts = [p.prompts[g] for p, g in zip(problems, guided, strict=True)]
+    rows = [pair for pair in zip(problems, guided) for _ in range(n)]
+    prompts = [p.prompts[g] for p, g in rows]
     if domain.converse:
         ids, sampled = domain.converse(model, tokenizer, prompts, config)
     else:
-        ids = sample(model, tokenizer, prompts, config)
+        ids = sample(model, prompts, config)
         sampled = [[1] * len(row) for row in ids]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     ended = [row[-1] in model.generation_config.eos_token_id for row in ids]
     # what was cut off has stated no answer
-    finished = [text if end else "" for text, end in zip(texts, ended, strict=True)]
-    rewards = domain.rewards(finished, [p.answer for p in problems])
+    finished = [text if end else "" for text, end in zip(texts, ended)]
+    rewards = domain.rewards(finished, [p.answer for p, _ in rows])
     solved = [r >= domain.solved_from for r in rewards]
-    return list(
-        map(Rollout, problems, guided, prompts, ids, sampled, texts, ended, rewards, solved)
-    )
+    parts = zip(rows, prompts, ids, sampled, texts, ended, rewards, solved)
+    return [Rollout(*row, *rest) for row, *rest in parts]
 
 
 def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
@@ -528,27 +504,21 @@ def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bo
     return random.Random(f"{config.seed} {step} {problem.question}").random() < chance
 
 
-def sample_groups(model, tokenizer, problems, guided: list[bool], config: Config):
-    """G rollouts of each problem, which all have the same prompt."""
+def collect_rollouts(model, tokenizer, problems, step: int, config) -> list[Rollout]:
+    """B*G rollouts to learn from."""
     G = config.group_size
-    rows, flags = ([x for x in each for _ in range(G)] for each in (problems, guided))
-    return chunks(rollout(model, tokenizer, rows, flags, config), G)
-
-
-def collect_rollouts(model, tokenizer, problems: list[Problem], step: int, config: Config):
-    """B*G rollouts to learn from, and how many were sampled to get them."""
     guided = [bool(p.guide and shows_guide(p, step, config)) for p in problems]
-    groups = sample_groups(model, tokenizer, problems, guided, config)
+    groups = chunks(rollout(model, tokenizer, problems, guided, config, G), G)
     again = []  # the groups that get a second chance, with the guide
     for i, p in enumerate(problems):
         failed = not guided[i] and not any(r.solved for r in groups[i])
         if failed and p.guide and shows_guide(p, step, config, failed=True):
             again.append(i)
     retried = [problems[i] for i in again]
-    second = sample_groups(model, tokenizer, retried, [True] * len(again), config)
-    for i, group in zip(again, second, strict=True):
+    second = rollout(model, tokenizer, retried, [True] * len(again), config, G)
+    for i, group in zip(again, chunks(second, G)):
         groups[i] = group
-    return list(itertools.chain(*groups)), config.group_size * (len(problems) + len(again))
+    return list(itertools.chain(*groups))
 
 
 # ---- Advantages, log-probs and loss, as pure functions ---------------------------
@@ -565,7 +535,7 @@ def group_advantages(rewards, group_size: int, scale="std", eps=1e-6) -> Tensor:
 
 
 def token_logprobs(
-    model, input_ids: Tensor, attention_mask: Tensor, completion_length: int, temperature
+    model, input_ids: Tensor, attention_mask: Tensor, completion_length: int, temperature: float
 ) -> Tensor:
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
     T = completion_length
@@ -582,8 +552,8 @@ def policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low=0.2,
+    clip_high=0.28,
 ) -> tuple[Tensor, dict]:
     """Loss and stats of the clipped surrogate, (N, T) tokens, mask 1 if sampled, advantages
     (N,). At a batch's first update every ratio is 1 and a group's advantages sum to 0: the
@@ -618,81 +588,72 @@ def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tenso
 # ---- Update ----------------------------------------------------------------------
 
 
-def score(model, rollouts: list[Rollout], config: Config) -> tuple[Tensor, Tensor]:
+def score(model, rollouts: list[Rollout], config):
     """log pi of every token of N rollouts, and 1 where the policy chose the token. (N, T)"""
-    prompts, prompt_mask = pad([r.prompt_ids for r in rollouts], "left", model.device)
-    ids, ids_mask = pad([r.ids for r in rollouts], "right", model.device)
-    sampled, _ = pad([r.sampled for r in rollouts], "right", model.device)
-    inputs = torch.cat([prompts, ids], 1), torch.cat([prompt_mask, ids_mask], 1)  # (N, P+T)
-    return token_logprobs(model, *inputs, ids.shape[1], config.temperature), sampled
+    ids, attention_mask = pad([r.prompt_ids + r.ids for r in rollouts], model.device)  # (N, P+T)
+    sampled, _ = pad([r.sampled for r in rollouts], model.device)  # (N, T)
+    T = sampled.shape[1]  # in a shorter row they begin in its prompt, where sampled is 0
+    return token_logprobs(model, ids, attention_mask, T, config.temperature), sampled
 
 
-def micro_batches(rollouts: list[Rollout], config: Config) -> list[list[Rollout]]:
-    """Those that have a gradient, `micro_batch` at a time. Advantage 0, as in all-wrong and
-    all-right groups, has none: such rollouts are not scored, but count in the mean."""
+def micro_batches(rollouts: list[Rollout], config):
+    """Of those that have a gradient. Advantage 0, as in all-wrong and all-right groups, has none:
+    such rollouts are not scored, but count in the mean."""
     useful = [r for r in rollouts if r.advantage != 0]
     useful.sort(key=lambda r: -len(r.prompt_ids + r.ids))  # like lengths: little padding
     return chunks(useful, config.micro_batch)
 
 
-def backward(model, batch: list[Rollout], old_logprobs, size: int, config: Config) -> tuple:
-    """Add the gradient of a micro-batch. Returns its part of the loss of a mini-batch of `size`,
-    its entropy, as the samples estimate it, and the share of tokens that were clipped."""
+def backward(model, batch: list[Rollout], old_logprobs, share: float, config) -> dict:
+    """Add the gradient of a micro-batch, which is a `share` of its mini-batch; returns stats."""
     logprobs, sampled = score(model, batch, config)  # (N, T)
     if old_logprobs is None:  # pi still is pi_old
         old_logprobs = logprobs.detach()
     A = torch.tensor([r.advantage for r in batch], device=model.device)  # (N,)
     limits = config.clip_low, config.clip_high
     loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, *limits)
-    loss = loss * len(batch) / size
-    loss.backward()
-    entropy = -old_logprobs[sampled.bool()].mean()
-    return loss.item(), entropy.item(), stats["clip_fraction"].item()
+    (loss * share).backward()
+    entropy = -old_logprobs[sampled.bool()].mean()  # as the samples estimate it
+    return stats | {"loss": loss * share, "entropy": entropy}
 
 
-def optimizer_step(model, optimizer, config: Config) -> float:
-    """Returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-    if not math.isfinite(norm):
-        raise UserError("the gradient is not finite, no step: lower --learning_rate")
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def update(model, tokenizer, optimizer, rollouts: list[Rollout], config: Config) -> dict:
-    """One optimizer step for each mini-batch; returns means over those that have a signal."""
+def update(model, tokenizer, optimizer, rollouts: list[Rollout], config) -> dict:
+    """One optimizer step for each mini-batch; returns the loss of a mini-batch, and means."""
     rewards = [r.reward for r in rollouts]
     advantages = group_advantages(rewards, config.group_size, config.advantage_scale)
-    for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
+    for r, advantage in zip(rollouts, advantages.tolist()):
         r.advantage = advantage
     minis = chunks(rollouts, len(rollouts) // config.mini_batches)
-    batches = [micro_batches(mini, config) for mini in minis]
-    old = [[None for _ in parts] for parts in batches]
-    if config.mini_batches > 1:  # pi_old scores all before anything moves
+    # for each mini-batch its micro-batches, and what pi_old says of them, if it is not pi
+    work = [[(batch, None) for batch in micro_batches(mini, config)] for mini in minis]
+    if config.mini_batches > 1:
         with torch.no_grad():
-            old = [[score(model, batch, config)[0] for batch in parts] for parts in batches]
-    stats, norms = [], []
-    for mini, parts, old_parts in zip(minis, batches, old, strict=True):
-        for batch, old_logprobs in zip(parts, old_parts, strict=True):
-            stats.append(backward(model, batch, old_logprobs, len(mini), config))
+            work = [[(batch, score(model, batch, config)[0]) for batch, _ in w] for w in work]
+    stats = []
+    for mini, batches in zip(minis, work):
+        for batch, old_logprobs in batches:
+            stats.append(backward(model, batch, old_logprobs, len(batch) / len(mini), config))
         if config.expert_coef:
             for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
                 loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
                 # the mean over the problems of the mini-batch
                 (loss * config.expert_coef * config.group_size / len(mini)).backward()
-        if parts or config.expert_coef:  # else no group has a signal
-            norms.append(optimizer_step(model, optimizer, config))
-    losses, entropies, clipped = zip(*stats, strict=True) if stats else ((), (), ())
-    means = {"entropy": mean(entropies), "clip_fraction": mean(clipped), "grad_norm": mean(norms)}
-    return means | {"loss": sum(losses) / max(1, len(norms))}
+        if batches or config.expert_coef:  # else no group has a signal
+            norm = clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=True)
+            stats.append({"grad_norm": norm})  # before clipping
+            optimizer.step()
+            optimizer.zero_grad()
+    loss = sum(s["loss"].item() for s in stats if "loss" in s) / len(minis)
+    names = "entropy", "clip_fraction", "grad_norm"
+    means = {name: mean([s[name].item() for s in stats if name in s]) for name in names}
+    return means | {"loss": loss}
 
 
-def chunks(rows: list, size: int) -> list[list]:
+def chunks(rows: list, size: int):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def mean(values: list[float]) -> float:
+def mean(values):
     return sum(values) / max(1, len(values))
 
 
@@ -701,14 +662,12 @@ def mean(values: list[float]) -> float:
 
 def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
     """Accuracy without a guide, {difficulty: [mean, its standard error], ..., "mean": [...]}."""
-    n, table = config.eval_samples, {}
-    rows = [p for p in problems for _ in range(n)]
-    rollouts = rollout(model, tokenizer, rows, [False] * len(rows), config)
-    solved = [mean([r.solved for r in group]) for group in chunks(rollouts, n)]
-    for level in sorted({p.difficulty for p in problems}):
-        rates = [s for s, p in zip(solved, problems, strict=True) if p.difficulty == level]
-        table[level] = [mean(rates), pstdev(rates) / len(rates) ** 0.5]
-    means, errors = zip(*table.values(), strict=True)
+    n, unguided = config.eval_samples, [False] * len(problems)
+    solved = defaultdict(list)  # the share of a problem's samples, by difficulty
+    for group in chunks(rollout(model, tokenizer, problems, unguided, config, n), n):
+        solved[group[0].problem.difficulty].append(mean([r.solved for r in group]))
+    table = {k: [mean(s), pstdev(s) / len(s) ** 0.5] for k, s in sorted(solved.items())}
+    means, errors = zip(*table.values())
     # every difficulty weighs the same
     return table | {"mean": [mean(means), math.hypot(*errors) / len(errors)]}
 
@@ -716,24 +675,18 @@ def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
 # ---- Training --------------------------------------------------------------------
 
 
-def draw_problems(problems: list[Problem], step: int, config: Config) -> list[Problem]:
-    """Each step seeds its own draws, so a resumed run draws and samples the same."""
-    torch.manual_seed(config.seed * 1_000_003 + step)
-    rng = random.Random(f"{config.seed} {step}")
-    return rng.choices(problems, k=config.prompts_per_step)
-
-
-def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config: Config):
+def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config):
     """Sample, reward, learn; returns the rollouts and the metrics."""
-    batch = draw_problems(problems, step, config)
-    start, processor = time.perf_counter(), time.process_time()
-    rollouts, count = collect_rollouts(model, tokenizer, batch, step, config)
+    torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
+    rng = random.Random(f"{config.seed} {step}")
+    batch = rng.choices(problems, k=config.prompts_per_step)
+    start = time.process_time()
+    rollouts = collect_rollouts(model, tokenizer, batch, step, config)
     stats = update(model, tokenizer, optimizer, rollouts, config)
     groups = chunks(rollouts, config.group_size)
     equal = [group[0].solved for group in groups if len({r.reward for r in group}) == 1]
     metrics = {
         "step": step,
-        "rollouts": count,
         "reward": mean([r.reward for r in rollouts]),
         "zero_variance_wrong": equal.count(False) / len(groups),
         "zero_variance_right": equal.count(True) / len(groups),
@@ -741,10 +694,15 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, 
         "truncated": mean([not r.ended for r in rollouts]),
         "guided": mean([r.guided for r in rollouts]),
         "leak_rate": mean([r.problem.leaky for r in rollouts if r.guided]),
-        "seconds_wall": time.perf_counter() - start,
-        "seconds_processor": time.process_time() - processor,
+        "seconds_processor": time.process_time() - start,
     }
     return rollouts, metrics | stats
+
+
+def loggable(r: Rollout, step: int) -> dict:
+    guide = r.problem.guide if r.guided else ""
+    row = {"step": step, "question": r.problem.question, "guide": guide}
+    return row | {"completion": r.text, "reward": r.reward}
 
 
 def train(config: Config) -> Path:
@@ -756,33 +714,27 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     data = zlib.crc32(repr([problems, tests]).encode())
     folder = open_run(config)
-    with running(folder):
-        done = restore(folder, model, optimizer, data)
-        if done == 0:
-            print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
-            torch.manual_seed(config.seed)
-            before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
-            append(folder / "metrics.jsonl", [before])
-        bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
-        for step in bar:
-            rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
-            last = step == config.steps
-            if last or step % config.eval_every == 0:
-                metrics["pass@1"] = evaluate(model, tokenizer, tests, config)
-            bar.set_postfix(reward=metrics["reward"])
-            append(folder / "metrics.jsonl", [metrics])
-            append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
-            if last or step % config.save_every == 0:
-                save_checkpoint(folder, model, optimizer, step, data)
-        model.save_pretrained(folder / "checkpoint")
-        tokenizer.save_pretrained(folder / "checkpoint")
+    print(f"should it be stopped: python smepo.py --resume {folder}")
+    done = restore(folder, model, optimizer, data)
+    if done == 0:
+        print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
+        torch.manual_seed(config.seed)
+        before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
+        append(folder / "metrics.jsonl", [before])
+    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
+    for step in bar:
+        rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
+        point = step == config.steps or step % config.eval_every == 0
+        if point:
+            metrics["pass@1"] = evaluate(model, tokenizer, tests, config)
+        bar.set_postfix(reward=metrics["reward"])
+        append(folder / "metrics.jsonl", [metrics])
+        append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
+        if point:
+            save_checkpoint(folder, model, optimizer, step, data)
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
     return folder
-
-
-def loggable(r: Rollout, step: int) -> dict:
-    guide = r.problem.guide if r.guided else ""
-    row = {"step": step, "question": r.problem.question, "guide": guide}
-    return row | {"completion": r.text, "reward": r.reward}
 
 
 # ---- Data and models -------------------------------------------------------------
@@ -791,10 +743,10 @@ def loggable(r: Rollout, step: int) -> dict:
 def read_rows(path: str, split: str):
     """Of a jsonl or parquet file, a folder with one for each split, or hub/id:configuration."""
     if Path(path).is_dir():
-        files = [*Path(path).glob(f"{split}*.jsonl"), *Path(path).glob(f"{split}*.parquet")]
+        files = sorted(Path(path).glob(f"{split}*"))
         if not files:
             raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
-        return [row for file in sorted(files) for row in read_rows(str(file), split)]
+        return [row for file in files for row in read_rows(str(file), split)]
     if path.endswith("jsonl"):  # not by `datasets`, which guesses types: a date, a rounded number
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]
@@ -803,29 +755,27 @@ def read_rows(path: str, split: str):
     return datasets.load_dataset(*path.split(":"), split=split)
 
 
-def load_model(path: str | Path, config: Config):
-    """The model, in float32, and its tokenizer."""
-    if not TASKS.exists() and str(path).startswith(str(TASKS)):
-        raise UserError("no tiny_tasks/ beside smepo.py: give --model, --data and --test_data")
+def load_model(path, config):
+    """The model, in float32, and its tokenizer; without a path the toy's base."""
     logging.disable_progress_bar()
-    settings = {"dtype": torch.float32, "output_loading_info": True}
+    path = path or TASKS / config.task / "base"
     tokenizer = AutoTokenizer.from_pretrained(path)
+    settings = {"dtype": torch.float32, "output_loading_info": True}
     model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
-    if info["missing_keys"]:
-        raise UserError(f"--model {path} lacks {info['missing_keys']}: they would be random")
-    if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer in {path} has no eos_token: save one there")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"the tokenizer in {path} has more tokens than the model has rows for")
+    faults = {
+        "its tokenizer has no eos_token": tokenizer.eos_token is None,
+        "it has fewer rows than tokens": len(tokenizer) > len(model.get_input_embeddings().weight),
+        "weights are missing, they would be random": info["missing_keys"],
+    }
+    for fault, found in faults.items():
+        if found:
+            raise UserError(f"--model {path}: {fault}")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     # several EOS ids are kept; what else the folder recommends would bend the rollouts
     eos_ids = torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
-    device = config.device
-    if device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model.to(device)
+    model.to(config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if model.device.type != "cpu":  # the weights stay float32
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
@@ -849,57 +799,24 @@ def replacing(path: Path):
     os.replace(new, path)
 
 
-def saved_settings(folder: str) -> dict:
-    path = Path(folder, "config.json")
-    if not path.exists():
-        raise UserError(f"--resume {folder}: no run is there")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def open_run(config: Config) -> Path:
+def open_run(config) -> Path:
     """The run folder, with the settings in it: that of --resume, or a new one."""
-    settings = asdict(config)
-    for name, value in asdict(Config(task=config.task)).items():
-        if name in ("model", "data", "test_data") and settings[name] == value:
-            settings[name] = ""  # the task's own, found again wherever the clone is then
     name = f"runs/{Path(config.domain).name}-{config.guide}-{config.guide_when}-seed{config.seed}"
     folder = Path(config.resume or config.out or name)
     for number in itertools.count(2):
         try:
             folder.mkdir(parents=True, exist_ok=bool(config.resume))
             break
-        except FileExistsError as error:
+        except FileExistsError:
             if config.out:
-                raise UserError(f"--out {folder} exists: --resume it, or name another") from error
+                raise
             folder = Path(f"{name}-{number}")
     with replacing(folder / "config.json") as new:
-        new.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        new.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
     return folder
 
 
-@contextmanager
-def running(folder: Path):
-    """One process at a time. Whatever stops it, Ctrl-C or a full disk, how to go on is said."""
-    lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")  # works on all systems, and ends with the process
-    except sqlite3.OperationalError as error:
-        raise UserError(f"{folder} is in use by another process: {error}") from error
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as error:
-        if (folder / "checkpoint" / "training.pt").exists():
-            print(f"\nto go on: python smepo.py --resume {folder}", file=sys.stderr)
-        if shutil.disk_usage(folder).free < 2**20:
-            raise UserError(f"the disk is full: make room, then --resume {folder}") from error
-        raise
-    finally:
-        lock.close()
-
-
-def save_checkpoint(folder: Path, model, optimizer, step: int, data: int) -> None:
+def save_checkpoint(folder: Path, model, optimizer, step: int, data: int):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"step": step, "data": data}  # a step seeds its own sampling: no random state
     with replacing(folder / "checkpoint" / "training.pt") as new:
@@ -926,13 +843,13 @@ def restore(folder: Path, model, optimizer, data: int) -> int:
     return max(done, 0)
 
 
-def append(path: Path, records: list[dict]) -> None:
+def append(path, records):
     with open(path, "a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path):
     """The lines of a log; one that the death of the process has torn is none."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
@@ -941,7 +858,7 @@ def read_records(path: Path) -> list[dict]:
 # ---- Main ------------------------------------------------------------------------
 
 
-def report(folder: Path) -> None:
+def report(folder: Path):
     """The table before -> after, and curve.png where matplotlib is there to draw it."""
     records = read_records(folder / "metrics.jsonl")
     points = [record for record in records if "pass@1" in record]
@@ -959,7 +876,7 @@ def report(folder: Path) -> None:
     plots.draw_run(folder)
 
 
-def parse(arguments: list[str]) -> Config:
+def parse(arguments) -> Config:
     """Flags to Config; with --resume the settings of that run are the defaults."""
     parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False, add_help=False)
     given, rest = parser.parse_known_args(arguments)
@@ -967,12 +884,12 @@ def parse(arguments: list[str]) -> Config:
         command = f"python -m tiny_tasks.{rest[0]}" if rest[0].isalpha() else "--help"
         raise UserError(f"{rest[0]} is no flag of it: see {command}")
     if given.resume:
-        saved = saved_settings(given.resume)
-        parser.set_defaults(**saved)
-        given = parser.parse_args(arguments)
-        for name, value in vars(given).items():
-            if value != saved[name] and name not in ("resume", "steps", "device", "micro_batch"):
-                raise UserError(f"{given.resume} was started with --{name} {saved[name]}")
+        saved = json.loads(Path(given.resume, "config.json").read_text(encoding="utf-8"))
+        given = parser.parse_args(arguments, argparse.Namespace(**saved))
+        changed = {name for name, value in vars(given).items() if value != saved[name]}
+        changed -= {"resume", "steps", "device", "micro_batch"}
+        if changed:
+            raise UserError(f"--resume {given.resume}: it was started with other {changed}")
     return Config(**vars(given))
 
 
@@ -981,7 +898,7 @@ It computes more carefully now, also without a guide. It has not learned to plan
 for the guide did that: python smepo.py --guide_when fade --learning_rate 4e-4 --steps 100 does."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments:
         print(inspect.getsource(Config).partition("\n\n    def")[0])

@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     configs = configs_of(given, flags)
     for folder, config in configs.items():
         if Path(folder, "config.json").exists():
-            before = smepo.Config(**smepo.saved_settings(folder))
+            before = smepo.parse(["--resume", folder])
             if replace(config, out=before.out, resume=before.resume) != before:
                 raise smepo.UserError(f"{folder} has other settings: name another --out")
     (given.out / "runs").mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def write(rows: list[dict], out: Path) -> None:
 
 def is_source(out: Path, data: str) -> bool:
     """Is it --data, or a file of that folder?"""
-    files = [Path(data), *Path(data).glob("*")]
+    files = [Path(data), *Path(data).glob("*")] if data else []
     return any(file.exists() and out.exists() and out.samefile(file) for file in files)
 
 

@@ -99,7 +99,7 @@ def read_log(path) -> list[dict]:
 def settings(**changes) -> Config:
     """A Config on a shipped task, small enough to train in a second."""
     small = {"device": "cpu", "steps": 4, "prompts_per_step": 4, "group_size": 4}
-    small |= {"eval_every": 2, "eval_samples": 2, "save_every": 2}
+    small |= {"eval_every": 2, "eval_samples": 2}
     return Config(**small | changes)
 
 

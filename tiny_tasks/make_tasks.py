@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     differ = []
-    for task in smepo.TOYS:
+    for task in toys.TASKS:
         for path, content in files_of(task, given.seed).items():
             if not path.exists() or path.read_bytes() != content:
                 differ.append(str(path.relative_to(HERE)))

@@ -25,9 +25,9 @@ def paint(cells: Cells) -> str:
     return "".join(parts)
 
 
-def merged(spans: list[smepo.Span]) -> list[smepo.Span]:
+def merged(spans: list[tuple]) -> list[tuple]:
     """As replace_spans shows them: those that overlap are one, with the first one's mask."""
-    parts: list[smepo.Span] = []
+    parts: list[tuple] = []
     for start, end, mask in spans:
         if parts and start < parts[-1][1]:
             start, last, mask = parts.pop()
@@ -44,7 +44,7 @@ def wrap(cells: Cells, width: int) -> list[Cells]:
     return lines or [[]]
 
 
-def columns_of(trace: str, around: dict[int, smepo.Span], start: int, end: int):
+def columns_of(trace: str, around: dict[int, tuple], start: int, end: int):
     """A line of the trace, and of its mask, which stands where its span begins. `around`: the span
     of each hidden character."""
     left, right = [], []
@@ -58,7 +58,7 @@ def columns_of(trace: str, around: dict[int, smepo.Span], start: int, end: int):
     return left, right
 
 
-def side_by_side(trace: str, spans: list[smepo.Span], width: int) -> list[str]:
+def side_by_side(trace: str, spans: list[tuple], width: int) -> list[str]:
     """Rows `trace | mask` of two columns, `width` each."""
     rows, around = [], {at: span for span in spans for at in range(*span[:2])}
     for line in re.finditer(r"[^\r\n]+|(?<=\n)(?=\r?\n)", trace):
@@ -85,7 +85,7 @@ def show_trace(trace: str, domain: str, answer: str) -> None:
         print(f"no leak: {target} cannot be read off")
 
 
-def kept(trace: str, spans: list[smepo.Span]) -> float:
+def kept(trace: str, spans: list[tuple]) -> float:
     return 1 - sum(end - start for start, end, _ in spans) / len(trace)
 
 

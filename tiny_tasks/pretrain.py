@@ -81,6 +81,10 @@ def encode(tokenizer, examples: list[tuple], told: re.Pattern | None) -> list[tu
     return sorted(rows, key=lambda row: len(row[0]))
 
 
+def pad_right(rows: list[list[int]]) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, -100)
+
+
 def batches(toy, tokenizer, rng: random.Random, size: int, told=None) -> Iterator[tuple]:
     """Endless batches of like lengths: ids, attention mask, labels, all (N, L)."""
     while True:
@@ -88,9 +92,9 @@ def batches(toy, tokenizer, rng: random.Random, size: int, told=None) -> Iterato
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         for part in rng.sample(parts, len(parts)):
             ids, labels = zip(*part, strict=True)
-            ids, mask = smepo.pad(ids, "right", "cpu")
-            labels = pad_sequence([torch.tensor(row) for row in labels], True, -100)
-            yield ids, mask, labels
+            ids, labels = map(pad_right, (ids, labels))
+            mask = (ids >= 0).long()
+            yield ids.clamp(min=0), mask, labels
 
 
 def make_model(tokenizer) -> LlamaForCausalLM:
@@ -171,7 +175,7 @@ def save(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     parser = toys.Parser("pretrain", __doc__.splitlines()[0])
-    parser.add_argument("--task", choices=smepo.TOYS, default="arithmetic")
+    parser.add_argument("--task", choices=toys.TASKS, default="arithmetic")
     parser.add_argument("--calibrate", action="store_true", help="print the table, train nothing")
     parser.add_argument("--steps", type=toys.at_least_1, help="else as the task's base took")
     parser.add_argument("--batch_size", type=toys.at_least_1, default=128)
@@ -182,7 +186,7 @@ def main() -> None:
     start = time.perf_counter()
     config = smepo.Config(task=given.task, device="cpu")
     toy, told = toys.find(given.task), smepo.find_domain(config.domain).told
-    out = given.out or Path(config.model)
+    out = given.out or smepo.TASKS / given.task / "base"
     if not given.calibrate:
         steps = given.steps or toy.PRETRAIN_STEPS
         tokenizer = make_tokenizer(toy)

@@ -1,6 +1,7 @@
 """`python -m tiny_tasks.show`: one training step by hand, as text or as a page to project."""
 
 import math
+import random
 import re
 import statistics
 import sys
@@ -54,8 +55,9 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     """The rollouts of the first problem with something to teach, and why those before have not."""
     problems = smepo.load_problems(config.data, config.guide, tokenizer, config)
     skipped = []
-    for problem in smepo.draw_problems(problems, STEP, replace(config, prompts_per_step=TRIES)):
-        rollouts, _ = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
+    torch.manual_seed(config.seed * 1_000_003 + STEP)  # as smepo.train_step draws them
+    for problem in random.Random(f"{config.seed} {STEP}").choices(problems, k=TRIES):
+        rollouts = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
         rewards = [r.reward for r in rollouts]
         if len(set(rewards)) > 1 or config.guide == "full":  # its slide: all right, all A 0
             return rollouts, skipped

@@ -271,7 +271,7 @@ def test_compare_trains_measures_resumes_and_refuses_other_settings(tmp_path, ca
 
 
 def test_what_is_shipped_is_what_the_seed_makes_without_a_problem_twice():
-    for task in smepo.TOYS:
+    for task in toys.TASKS:
         for path, content in make_tasks.files_of(task, 0).items():
             assert path.read_bytes() == content
         questions = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import smepo
-from tiny_tasks import show
+from tiny_tasks import show, toys
 from tiny_tasks.fixtures import rows, unpadded_logprobs, write_rows
 
 
@@ -15,7 +15,7 @@ from tiny_tasks.fixtures import rows, unpadded_logprobs, write_rows
 def steps(tmp_path_factory) -> dict[str, show.Step]:
     """One step of each task."""
     taken = {}
-    for task in smepo.TOYS:
+    for task in toys.TASKS:
         data = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows("train", 12, task))
         config = smepo.Config(task=task, data=data, test_data=data, device="cpu")
         taken[task] = show.take_step(config)
@@ -35,7 +35,7 @@ def printed(capsys, step: show.Step, monkeypatch, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", smepo.TOYS)
+@pytest.mark.parametrize("task", toys.TASKS)
 def test_the_text_fits_100_columns_and_marks_on_a_pipe_too(steps, task, monkeypatch, capsys):
     out = printed(capsys, steps[task], monkeypatch)
     assert max(map(len, out.splitlines())) <= 100
@@ -43,7 +43,7 @@ def test_the_text_fits_100_columns_and_marks_on_a_pipe_too(steps, task, monkeypa
     assert steps[task].rollouts[0].problem.question in " ".join(out.split())
 
 
-@pytest.mark.parametrize("task", smepo.TOYS)
+@pytest.mark.parametrize("task", toys.TASKS)
 def test_advantages_are_told_from_the_rewards_and_sum_to_0(steps, task):
     step = steps[task]
     rewards = [r.reward for r in step.rollouts]

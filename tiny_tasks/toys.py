@@ -23,6 +23,8 @@ from importlib import import_module
 
 import smepo
 
+TASKS = ("arithmetic", "code", "search")
+
 
 def at_least_1(text: str) -> int:
     """The type of a flag."""

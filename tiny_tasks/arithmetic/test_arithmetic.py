@@ -83,7 +83,7 @@ def test_generation_settings_of_the_model_folder_do_not_reach_the_rollouts(base,
     for policy in (base[0], model):
         torch.manual_seed(0)
         prompts = [problem(base).prompts[True]] * 16
-        samples.append(smepo.sample(policy, tokenizer, prompts, settings()))
+        samples.append(smepo.sample(policy, prompts, settings()))
     assert samples[0] == samples[1]
     assert len({tuple(ids) for ids in samples[0]}) > 1
 
@@ -110,9 +110,9 @@ def test_the_plain_command_runs_from_any_folder(tmp_path):
 def test_long_calls_are_split_and_completions_cut_at_the_limit(base, monkeypatch):
     model, calls, generate = base[0], [], base[0].generate
 
-    def spy(**inputs):
-        calls.append(len(inputs["input_ids"]))
-        return generate(**inputs)
+    def spy(ids, settings, **inputs):
+        calls.append(len(ids))
+        return generate(ids, settings, **inputs)
 
     monkeypatch.setattr(model, "generate", spy)
     config = settings(generate_batch=8, max_new_tokens=5)

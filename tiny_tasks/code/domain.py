@@ -6,7 +6,7 @@ The plan is the prose between them, with names and costs, but not what computes:
 import re
 import textwrap
 
-from smepo import Domain, Span, UserError
+from smepo import Domain, UserError
 from tiny_tasks.code import judge
 
 # ---- The mask: the first rule that fits wins, from left to right ---------------------------------
@@ -37,7 +37,7 @@ CODE_LINE = re.compile(  # of a program without a fence
 )
 
 
-def code_spans(trace: str, answer: str) -> list[Span]:
+def code_spans(trace: str, answer: str) -> list[tuple]:
     """What a block holds, and inline code that computes; without a block, what is a program."""
     found = list(RULE.finditer(trace))
     spans = [match.span("inline") for match in found if COMPUTES.search(match["inline"] or "")]

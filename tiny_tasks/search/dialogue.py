@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smepo import Ids, UserError, sample
+from smepo import UserError, sample
 
 MAX_TURNS = 8  # searches that a rollout may make
 KNOWLEDGE = Path(__file__).parent / "knowledge.jsonl"  # what a search finds
@@ -49,7 +49,7 @@ def has_asked(tokenizer, start: int, ids: Tensor, scores, **_) -> Tensor:
     return torch.tensor(["</search>" in text for text in texts], device=ids.device)
 
 
-def until_asked(ids: Ids, tokenizer) -> Ids:
+def until_asked(ids: list[int], tokenizer) -> list[int]:
     """Up to the end of the first </search>. The last token kept may hold more than that."""
 
     def asks(count: int) -> bool:
@@ -58,15 +58,15 @@ def until_asked(ids: Ids, tokenizer) -> Ids:
     return ids[: bisect_left(range(len(ids) + 1), True, key=asks)]
 
 
-def speak(model, tokenizer, prompts: list[Ids], config) -> list[Ids]:
+def speak(model, tokenizer, prompts: list[list[int]], config) -> list[list[int]]:
     """One turn of every row: `sample`, which also ends with the first </search>."""
     start = max(map(len, prompts), default=0)
     asked = partial(has_asked, tokenizer, start)
-    rows = sample(model, tokenizer, prompts, config, [asked])
+    rows = sample(model, prompts, config, [asked])
     return [until_asked(row, tokenizer) for row in rows]
 
 
-def converse(model, tokenizer, prompts: list[Ids], config):
+def converse(model, tokenizer, prompts: list[list[int]], config):
     """A rollout of each prompt, as lists of ids, each query followed by what the environment told;
     and their marks, 1 for a sampled token, 0 for a told one: that is context, without loss."""
     rows = speak(model, tokenizer, prompts, config)

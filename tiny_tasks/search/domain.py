@@ -4,7 +4,7 @@ in which order, and why."""
 
 import re
 
-from smepo import Domain, Span, number_value, stated
+from smepo import Domain, number_value, stated
 from tiny_tasks.search.dialogue import TOLD, converse
 
 NUMERALS = """two three third four five fifth six seven eight eighth nine ninth ten eleven twelve
@@ -57,7 +57,7 @@ def answer_pattern(answer: str) -> str:
     return rf"(?<![A-Za-zÀ-ɏ\d])(?!(?:ENTITY|ANSWER)\])(?:{words})s?(?![A-Za-zÀ-ɏ\d]|\[[EA])"
 
 
-def spans(trace: str, answer: str) -> list[Span]:
+def spans(trace: str, answer: str) -> list[tuple]:
     """The answer, given and stated; names and numbers; words that may be names, if they are."""
     patterns = map(answer_pattern, {answer, stated(trace)})
     answers = [match for pattern in patterns for match in re.finditer(pattern, trace)]

@@ -217,9 +217,9 @@ def follow(monkeypatch, scripts) -> list:
     """Put scripts, one a prompt, in the place of the policy; returns the contexts of each call."""
     turns, calls = [iter(script) for script in scripts], []
 
-    def sample(model, tokenizer, contexts, config, stops):
+    def sample(model, contexts, config, stops):
         calls.append(contexts)
-        return tokenizer([next(turns[ids[0]]) for ids in contexts])["input_ids"]
+        return Letters()([next(turns[ids[0]]) for ids in contexts])["input_ids"]
 
     monkeypatch.setattr(dialogue, "sample", sample)
     return calls
@@ -270,7 +270,7 @@ def searcher():
 def test_dialogues_of_the_base_score_as_they_were_sampled(searcher):
     model, tokenizer = searcher
     config = settings(task="search")
-    problems = smepo.load_problems(config.test_data, "semantic", tokenizer, config)[::40]
+    problems = smepo.load_problems("", "semantic", tokenizer, config, "test")[::40]
     torch.manual_seed(0)
     rollouts = smepo.rollout(model, tokenizer, problems, [i % 2 == 0 for i in range(25)], config)
     for r in rollouts:
@@ -281,9 +281,9 @@ def test_dialogues_of_the_base_score_as_they_were_sampled(searcher):
     assert len({r.text.count("</search>") for r in rollouts}) > 2
     scores, sampled = smepo.score(model, rollouts[:8], config)  # padded beside each other
     for r, row, marks in zip(rollouts, scores, sampled, strict=False):
-        assert marks[: len(r.ids)].tolist() == r.sampled and 1 not in marks[len(r.ids) :]
+        assert marks[-len(r.ids) :].tolist() == r.sampled and 1 not in marks[: -len(r.ids)]
         theirs = unpadded_logprobs(model, r)
-        torch.testing.assert_close(row[: len(r.ids)], theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(row[-len(r.ids) :], theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_the_expert_loss_does_not_teach_what_the_environment_says(searcher):
