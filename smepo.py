@@ -7,13 +7,13 @@ checks: the policy copies it, and learns nothing. So show the solution, but hide
 reward depends on (in math, the numbers):
 
     question x   Compute 7 - 6 + 3 * 5
-    trace t      Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1.
+    trace        Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1.
     shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER].  Step 2: [NUMBER] - ...
 
 The policy follows the plan but must reconstruct every value. All else is on-policy GRPO, only
 with another prompt c, and the evaluation shows no trace. Each line is a function below:
 
-    context    c = x + mask(t)                                    guide_trace, build_prompt
+    context    c = x + mask(trace)                                guide_trace, build_prompt
     rollouts   o_1..o_G ~ pi_old(. | c)                           rollout
     reward     r_i = verifier(o_i, a), 1 if right                 math_rewards
     advantage  A_i = (r_i - mean r) / (std r + eps)               group_advantages
@@ -99,7 +99,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: float = 0.28  # and above at 1 + clip_high, so that rare tokens can grow
-    advantage_scale: Literal["std", "none"] = "std"  # none: Dr. GRPO
+    advantage_scale: Literal["std", "none"] = "std"  # none: as in Dr. GRPO
     expert_coef: float = 0.0  # weight of masked_expert_loss; the paper has no such term
     temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
     max_prompt_tokens: int = 256  # problems with a longer prompt are left out
@@ -132,7 +132,7 @@ class Config:
 @dataclass
 class Domain:
     """What the verifier reads is what the mask must hide: both stand in one file. The whole of
-    colors.py, taken by --domain colors:
+    colors.py, beside smepo.py, for --domain colors:
 
         DOMAIN = Domain(
             spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
@@ -140,7 +140,7 @@ class Domain:
             rewards=lambda texts, truths: [float(b in a) for a, b in zip(texts, truths)],
         )"""
 
-    spans: Callable  # (trace, answer) -> list: what the reward depends on
+    spans: Callable  # (trace, answer) -> [(start, end, mask), ...]: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
     rewards: Callable  # (completions, truths) -> list[float], each from 0 to 1
     solved_from: float = 1.0  # the least reward that counts as solved, where one pays in parts
@@ -186,7 +186,7 @@ def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5
         return trace
     if guide == "prefix":
         lines = trace.split("\n")
-        return "\n".join(lines[: int(len(lines) * prefix_ratio)])
+        return "\n".join(lines[: max(1, int(len(lines) * prefix_ratio))])
     spans = hidden_spans(trace, domain, answer)
     if guide == "random":
         spans = random_spans(trace, spans, seed)
@@ -220,7 +220,7 @@ LAST_STATED = re.compile(
     re.MULTILINE,
 )
 CHOICE = r"(?i)\(?[A-J]\)?"  # an answer that is the letter of an option
-STATED_CHOICE = re.compile(r"^\(?([a-j])(?:\)$|$|(?:[):.] ?+| (?=[a-z]))(?!and\b|or\b|,).*)")
+STATED_CHOICE = re.compile(r"^\(?([A-J])(?:[):.]\s*+|\s++(?=[a-z]))(?!and\b|or\b|,)(?s:.*)")
 TYPESETTING = re.compile(
     r"\\(?:text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}|\\?[$%]|\\[!,;()\[\]]|(?<=\\)[dt](?=frac)"
 )
@@ -254,10 +254,11 @@ def same_answer(given: str, truth: str) -> bool:
     value = number_value(truth)
     if value is not None:
         return number_value(given) == value
-    given, truth = (re.sub(r"\s+", " ", clean(text)).casefold() for text in (given, truth))
+    given, truth = clean(given), clean(truth)
     if re.fullmatch(CHOICE, truth):
-        truth, given = truth.strip("()"), STATED_CHOICE.sub(r"\1", given)
-    return truth != "" and given.replace(" ", "") == truth.replace(" ", "")
+        given, truth = STATED_CHOICE.sub(r"\1", given).strip("()"), truth.strip("()")
+    given, truth = (re.sub(r"\s", "", text).casefold() for text in (given, truth))
+    return truth != "" and given == truth
 
 
 def math_rewards(texts: list[str], truths: list[str]) -> list[float]:
@@ -302,7 +303,8 @@ OPTION = r"(?<![A-Za-z\\'’])(?![AI] (?!is|are|and|or)[a-z])[A-J](?![\w'’^(]|
 
 
 def answer_spans(trace: str, answer: str) -> list:
-    """An answer that is no number, wherever it stands; of options all, as the rest would tell."""
+    """An answer that is no number, wherever it stands. If it is the letter of an option, all such
+    letters are hidden: a lone gap would tell which."""
     answer = clean(answer)
     if not re.search(r"\w", answer) or number_value(answer) is not None:
         return []
@@ -323,8 +325,8 @@ def math_spans(trace: str, answer: str) -> list:
 
 
 # ---- Math: can the answer still be read off? -------------------------------------
-# It shares with the mask what is kept, labels and the like, whose numbers are no values. It shares
-# nothing else, or it could not see what the mask misses.
+# Labels, which the mask keeps, are no values here, either. How numbers are found is not shared: it
+# would not see what the mask misses.
 
 
 def math_leaks(masked: str, answer: str) -> bool:
@@ -394,7 +396,7 @@ def read_problems(path: str, guide: str, config, split="train"):
             parts = "question, reward_model.ground_truth or teacher_ds"
             mend = f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
             raise UserError(f"{path} row {number} has no {parts}: {mend}")
-        p = Problem(row["question"], answer, trace, str(row.get("difficulty", "all")))
+        p = Problem(row["question"], answer, trace, str(row.get("difficulty") or "all"))
         seed = f"{config.seed} {p.question}"
         p.guide = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio, seed)
         p.leaky = leaks(p.guide, answer, config.domain)
@@ -491,8 +493,8 @@ def rollout(model, tokenizer, problems, guided, config, n=1) -> list[Rollout]:
 
 
 def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
-    """Is the guide shown? Asked once for a problem's group, before it is sampled; and of a group
-    that was unguided and all wrong once more, `failed`. The place for a schedule of your own."""
+    """Is the guide shown? Asked before a group is sampled, and again with failed=True if it was
+    unguided and all wrong. The place for a schedule of your own."""
     if config.guide_when == "always":
         return True
     if config.guide_when == "on-failure":
@@ -518,7 +520,7 @@ def collect_rollouts(model, tokenizer, problems, step: int, config) -> list[Roll
     second = rollout(model, tokenizer, retried, [True] * len(again), config, G)
     for i, group in zip(again, chunks(second, G)):
         groups[i] = group
-    return list(itertools.chain(*groups))
+    return sum(groups, [])
 
 
 # ---- Advantages, log-probs and loss, as pure functions ---------------------------
@@ -592,7 +594,7 @@ def score(model, rollouts: list[Rollout], config):
     """log pi of every token of N rollouts, and 1 where the policy chose the token. (N, T)"""
     ids, attention_mask = pad([r.prompt_ids + r.ids for r in rollouts], model.device)  # (N, P+T)
     sampled, _ = pad([r.sampled for r in rollouts], model.device)  # (N, T)
-    T = sampled.shape[1]  # in a shorter row they begin in its prompt, where sampled is 0
+    T = sampled.shape[1]  # a shorter row begins in its prompt, where sampled is padded with 0
     return token_logprobs(model, ids, attention_mask, T, config.temperature), sampled
 
 
@@ -610,8 +612,8 @@ def backward(model, batch: list[Rollout], old_logprobs, share: float, config) ->
     if old_logprobs is None:  # pi still is pi_old
         old_logprobs = logprobs.detach()
     A = torch.tensor([r.advantage for r in batch], device=model.device)  # (N,)
-    limits = config.clip_low, config.clip_high
-    loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, *limits)
+    clips = config.clip_low, config.clip_high
+    loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, *clips)
     (loss * share).backward()
     entropy = -old_logprobs[sampled.bool()].mean()  # as the samples estimate it
     return stats | {"loss": loss * share, "entropy": entropy}
@@ -895,7 +897,8 @@ def parse(arguments) -> Config:
 
 NOT_LEARNED = """
 It computes more carefully now, also without a guide. It has not learned to plan five operations,
-for the guide did that: python smepo.py --guide_when fade --learning_rate 4e-4 --steps 100 does."""
+for the guide did that. A guide that fades teaches both, in two minutes:
+python smepo.py --guide_when fade --learning_rate 4e-4 --advantage_scale none --steps 100"""
 
 
 def main(arguments=None) -> int:

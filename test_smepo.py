@@ -135,7 +135,7 @@ def test_guide_arms():
     assert masked == smepo.mask_trace(TRACE, "math", "16") == smepo.mask_trace(TRACE, "math")
     assert smepo.leaks(TRACE, "16", "math") and not smepo.leaks(masked, "16", "math")
     lines = TRACE.split("\n")
-    for ratio, count in ((0.0, 0), (0.3, 1), (0.5, 2), (0.9, 3), (1.0, 4)):  # of four lines
+    for ratio, count in ((0.0, 1), (0.3, 1), (0.5, 2), (0.9, 3), (1.0, 4)):  # of four lines
         prefix = smepo.guide_trace(TRACE, "prefix", "math", prefix_ratio=ratio)
         assert prefix == "\n".join(lines[:count])
 
