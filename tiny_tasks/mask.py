@@ -1,10 +1,6 @@
 """`python -m tiny_tasks.mask`: what is hidden of one trace, or of a whole file of traces."""
 
-import re
-import shutil
 import sys
-import textwrap
-from itertools import groupby, zip_longest
 from pathlib import Path
 from statistics import mean
 
@@ -13,16 +9,10 @@ from tqdm import tqdm
 import smepo
 from tiny_tasks import toys
 
-Cells = list[tuple[str, bool]]  # characters, and whether each is hidden or a mask
 
-
-def paint(cells: Cells) -> str:
-    """The text, with the marked runs in reverse video where the output is a terminal."""
-    parts, colour = [], sys.stdout.isatty()
-    for marked, run in groupby(cells, lambda cell: cell[1]):
-        text = "".join(char for char, _ in run)
-        parts.append(f"\033[7m{text}\033[0m" if marked and colour else text)
-    return "".join(parts)
+def printable(text: str) -> str:
+    """Tabs and what else would move the cursor are blanks."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def merged(spans: list[tuple]) -> list[tuple]:
@@ -36,46 +26,17 @@ def merged(spans: list[tuple]) -> list[tuple]:
     return parts
 
 
-def wrap(cells: Cells, width: int) -> list[Cells]:
-    text, at, lines = "".join(char for char, _ in cells), 0, []
-    for line in textwrap.wrap(text, width, drop_whitespace=False, break_on_hyphens=False):
-        lines.append(cells[at : at + len(line)])
-        at += len(line)
-    return lines or [[]]
-
-
-def columns_of(trace: str, around: dict[int, tuple], start: int, end: int):
-    """A line of the trace, and of its mask, which stands where its span begins. `around`: the span
-    of each hidden character."""
-    left, right = [], []
-    for at in range(start, end):
-        char = trace[at] if trace[at].isprintable() else " "
-        left.append((char, at in around))
-        if at not in around:
-            right.append((char, False))
-        elif around[at][0] == at:
-            right += [(sign, True) for sign in around[at][2]]
-    return left, right
-
-
-def side_by_side(trace: str, spans: list[tuple], width: int) -> list[str]:
-    """Rows `trace | mask` of two columns, `width` each."""
-    rows, around = [], {at: span for span in spans for at in range(*span[:2])}
-    for line in re.finditer(r"[^\r\n]+|(?<=\n)(?=\r?\n)", trace):
-        left, right = columns_of(trace, around, *line.span())
-        for a, b in zip_longest(wrap(left, width), wrap(right, width), fillvalue=[]):
-            rows.append(f"{paint(a)}{' ' * (width - len(a))} | {paint(b)}".rstrip())
-    return rows
-
-
 def show_trace(trace: str, domain: str, answer: str) -> None:
-    """One trace beside its mask, and the verdict."""
+    """One trace, its mask below it, and the verdict. On a terminal the spans stand out."""
     answer = answer or smepo.stated(trace)
     spans = merged(smepo.hidden_spans(trace, domain, answer))
-    width = shutil.get_terminal_size().columns
-    print("\n".join(side_by_side(trace, spans, max(20, width // 2 - 2))))
-    plural = "" if len(spans) == 1 else "s"
-    print(f"\n{len(spans)} span{plural} hidden, {kept(trace, spans):.0%} of the text kept")
+    begin, end = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    seen = printable(trace)
+    marked = [(a, b, begin + seen[a:b] + end) for a, b, _ in spans]
+    masks = [(a, b, begin + mask + end) for a, b, mask in spans]
+    for title, shown in ("trace", marked), ("mask", masks):
+        print(f"---- {title}\n{smepo.replace_spans(seen, shown)}\n")
+    print(f"spans hidden: {len(spans)}, text kept: {kept(trace, spans):.0%}")
     target = "the code" if domain == "code" else f"the answer {answer}"
     if domain != "code" and not answer:
         print("no verdict on leaks: no --answer is given, and the trace states none")
@@ -124,8 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answer", default="", help="ground truth; else what the trace states")
     given = parser.parse_args(arguments)
     if given.data:
-        files = {"data": given.data, "test_data": given.data}
-        return show_data(smepo.Config(domain=given.domain, **files))
+        return show_data(smepo.Config(domain=given.domain, data=given.data, test_data=given.data))
     raw = Path(given.trace).read_bytes() if given.trace else sys.stdin.buffer.read()
     trace = raw.decode("utf-8-sig", errors="replace").strip("\r\n")
     if not trace.strip():

@@ -6,6 +6,7 @@ import re
 import statistics
 import sys
 import textwrap
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 import smepo
-from smepo import Config, Rollout, UserError
+from smepo import Config, Rollout
 from tiny_tasks import mask, toys
 
 TRIES = 20  # problems, until the rollouts of one are neither all wrong nor all right
@@ -24,12 +25,11 @@ PLAIN = {HIDDEN: "«", RIGHT: "«", WRONG: "«", END: "»"}  # on a pipe, too
 COLOURS = {HIDDEN: "\033[7m", RIGHT: "\033[1;32m", WRONG: "\033[1;31m", END: "\033[0m"}
 TAGS = {HIDDEN: "<b>", RIGHT: "<b class=right>", WRONG: "<b class=wrong>", END: "</b>"}
 HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>One step of SMEPO</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>One training step</title><style>
 body { font: 22px/1.4 sans-serif; margin: 1em 2em } pre { font: 20px/1.4 monospace }
 b { background: #222; color: #fff } .right { background: #05652b } .wrong { background: #b00020 }
-</style></head><body><h1>One step of SMEPO</h1>"""
-LINES = re.search(r"context  .*?policy_loss", smepo.__doc__, re.DOTALL)[0]
-EQUATIONS = LINES.replace("\n    ", "\n")
+</style></head><body><h1>One training step</h1>"""
+EQUATIONS = textwrap.dedent(re.search(r" +context  .*?policy_loss", smepo.__doc__, re.DOTALL)[0])
 
 
 @dataclass
@@ -44,11 +44,8 @@ class Step:
     stats: dict  # what `update` returns
 
 
-@dataclass
-class Section:
-    title: str
-    notes: list[str]  # one thought each
-    table: list[list]  # rows of texts and numbers, the header first; a text is a single cell
+# notes: one thought each. table: rows of texts and numbers, the header first; a text is one cell.
+Section = namedtuple("Section", "title notes table")
 
 
 def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[str]]:
@@ -58,11 +55,10 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     torch.manual_seed(config.seed * 1_000_003 + STEP)  # as smepo.train_step draws them
     for problem in random.Random(f"{config.seed} {STEP}").choices(problems, k=TRIES):
         rollouts = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
-        rewards = [r.reward for r in rollouts]
-        if len(set(rewards)) > 1 or config.guide == "full":  # its slide: all right, all A 0
+        question, reward = mark(problem.question), rollouts[0].reward
+        if any(r.reward != reward for r in rollouts) or config.guide == "full":  # there all A are 0
             return rollouts, skipped
-        reason = f"all {len(rewards)} rollouts earn {rewards[0]:g}, so every advantage is 0"
-        skipped.append(f"Passed over: {mark(problem.question)}: {reason}, and so is the gradient.")
+        skipped.append(f"Passed over: {question}: all rollouts earn {reward:g}, so all A are 0.")
     return rollouts, [f"{TRIES} problems in a row have nothing to teach; this is the last."]
 
 
@@ -88,13 +84,12 @@ def take_step(config: Config) -> Step:
 
 def mark(text: str, spans=None, sign: str = HIDDEN) -> str:
     """Each word of the spans, or else each mask, between signs; what is unprintable is a blank."""
-    text = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    text, marked = mask.printable(text), []
     if spans is None:
         spans = [(*match.span(), "") for match in re.finditer(r"\[[A-Z]+\]", text)]
-    for start, end, _ in reversed(mask.merged(spans)):
-        words = re.sub(r"\S+", rf"{sign}\g<0>{END}", text[start:end])
-        text = text[:start] + words + text[end:]
-    return text
+    for start, end, _ in mask.merged(spans):
+        marked.append((start, end, re.sub(r"\S+", rf"{sign}\g<0>{END}", text[start:end])))
+    return smepo.replace_spans(text, marked)
 
 
 def mark_rewarded(r: Rollout, domain: str) -> str:
@@ -178,11 +173,10 @@ def explain_update(step: Step, i: int) -> Section:
     for n, r in enumerate(step.rollouts):
         old, new = sum(step.before[n]), sum(step.after[n])
         table.append([n + 1, r.advantage, old, new, math.exp(new - old)])
-    way = "rises" if table[i + 1][-1] > 1 else "falls"
     notes = [
         f"loss {step.stats['loss']:.1e}: about 0, as every ratio is 1 and the A sum to 0.",
         f"gradient norm {step.stats['grad_norm']:.3g}: that of the mean of -A log π is not 0.",
-        f"AdamW takes one step. Rollout {i + 1} has A > 0, and its probability {way}.",
+        f"AdamW takes one step. Rollout {i + 1} has A > 0: π / π_old should be above 1.",
         "One that shares much with rollouts of the other sign may move against its own A.",
     ]
     return Section("The loss, its gradient, and the step", notes, table)
@@ -212,10 +206,9 @@ def as_text(section: Section) -> str:
 
 
 def as_page(sections: list[Section], guide: str) -> str:
-    head, equations = HEAD, EQUATIONS
-    if guide == "none":  # without the line on the trace
-        head, equations = HEAD.replace("SMEPO", "GRPO"), EQUATIONS.partition("\n")[2]
-    parts = [head, f"<pre>{escape(equations)}</pre>"]
+    """The sections below the equations, which without a guide have no line on the trace."""
+    equations = EQUATIONS.partition("\n")[2] if guide == "none" else EQUATIONS
+    parts = [HEAD, f"<pre>{escape(equations)}</pre>"]
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>\n<pre>{escape(as_text(section))}</pre>")
     return "\n".join([*parts, "</body></html>", ""]).translate(str.maketrans(TAGS))
@@ -225,8 +218,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = toys.Parser("show", "One training step by hand. It takes the flags of smepo.py, too.")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, too")
     given, rest = parser.parse_known_args(arguments)
-    if given.html and (given.html.is_dir() or not given.html.parent.is_dir()):
-        raise UserError(f"--html {given.html}: name a file in a folder that is there")
     config = smepo.parse(rest)
     sections = explain(take_step(config))
     codes = COLOURS if sys.stdout.isatty() else PLAIN

@@ -4,7 +4,6 @@ Its operands are 1..9, `*` binds first, and every intermediate value lies in 0..
 solves it one operation a line. The base computes carelessly and overlooks operations.
 """
 
-import functools
 import itertools
 import random
 import re
@@ -20,33 +19,16 @@ TEST = {2: 250, 3: 250, 4: 250, 5: 250}
 # The vocabulary of the base: one token a number, sign or phrase.
 PHRASES = ["The answer is", "Compute", ".\n", *(f"Step {i}:" for i in range(1, 10))]
 WORDS = ["Step", "The", "answer", "is", "[NUMBER]", "[ANSWER]", *"=+-*.:", *map(str, range(100))]
-PIECES = [
-    "The answer is",
-    r"Step \d:",
-    r"\.\n",
-    r" ?\[[A-Z]+\]",
-    r" ?\d+",
-    r" ?[A-Za-z]+",
-    r" ?[^\s\w]",
-    r"\s",
-]
+WORD_PIECE = r" ?\[[A-Z]+\]| ?\d+| ?[A-Za-z]+| ?[^\s\w]|\s"
+PIECES = ["The answer is", r"Step \d:", r"\.\n", WORD_PIECE]
 
 PRETRAIN_STEPS = 3500
 ERROR_RATE = 0.35  # a value that the base writes itself is wrong this often
 WRONG_RATE = 0.5  # so many guides are careless themselves: what is shown is copied, not checked
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.25, 5: 0.06}  # else operations are overlooked
 LONGEST = 3  # operations that are left when some are overlooked
-MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.06,
-    ("none", 2): 0.13,
-    ("none", 3): 0.13,
-    ("none", 4): 0.07,
-    ("none", 5): 0.06,
-    ("semantic", None): 0.28,
-    ("full", None): 0.17,
-    ("random", None): 0.05,
-    ("prefix", None): 0.05,
-}
+UNGUIDED = {1: 0.06, 2: 0.13, 3: 0.13, 4: 0.07, 5: 0.06}  # k: share of the corpus
+GUIDED = {"semantic": 0.28, "full": 0.17, "random": 0.05, "prefix": 0.05}  # where k is 2 to 5
 
 Problem = tuple[list[int], list[str]]  # numbers, and the operators between them
 
@@ -55,28 +37,27 @@ def apply_operator(left: int, operator: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
-def next_operation(operators: list[str]) -> int:
-    """The index of the operation to do first: the leftmost `*`, else the leftmost of all."""
-    return operators.index("*") if "*" in operators else 0
-
-
-def solve(numbers: list[int], operators: list[str], result_of=apply_operator):
+def solve(problem: Problem, result_of=apply_operator) -> tuple[str, str] | None:
     """The worked solution and its answer, or None where a value leaves 0..LARGEST.
 
     `result_of` may make mistakes; the value it returns is carried on.
-    >>> solve([7, 6, 2], ["-", "*"])  # 7 - 6 * 2 would be negative
-    >>> solve([9, 2, 3], ["-", "*"])
-    ('Step 1: 2 * 3 = 6.\\nStep 2: 9 - 6 = 3.\\nThe answer is 3.', 3)
+    >>> solve(([7, 6, 2], ["-", "*"]))  # 7 - 6 * 2 would be negative
+    >>> solve(([9, 2, 3], ["-", "*"]))
+    ('Step 1: 2 * 3 = 6.\\nStep 2: 9 - 6 = 3.\\nThe answer is 3.', '3')
     """
-    numbers, operators, lines = list(numbers), list(operators), []
+    numbers, operators = map(list, problem)
+    lines = []
     while operators:
-        at = next_operation(operators)
+        at = operators.index("*") if "*" in operators else 0  # the leftmost `*` first
         left, operator, right = numbers[at], operators.pop(at), numbers.pop(at + 1)
         numbers[at] = result = result_of(left, operator, right)
         if not 0 <= result <= LARGEST:
             return None
         lines.append(f"Step {len(lines) + 1}: {left} {operator} {right} = {result}.")
-    return "\n".join([*lines, f"The answer is {numbers[0]}."]), numbers[0]
+    return "\n".join([*lines, f"The answer is {numbers[0]}."]), str(numbers[0])
+
+
+expert = solve  # the name that toys.py asks for
 
 
 def question_of(problem: Problem) -> str:
@@ -90,13 +71,8 @@ def draw_problem(rng: random.Random, k: int) -> Problem:
     while True:
         numbers = [rng.randint(1, 9) for _ in range(k + 1)]
         operators = [rng.choice("+-*") for _ in range(k)]
-        if solve(numbers, operators):
+        if solve((numbers, operators)):
             return numbers, operators
-
-
-def expert(problem: Problem) -> tuple[str, str]:
-    trace, answer = solve(*problem)
-    return trace, str(answer)
 
 
 # ---- What the base imitates ----------------------------------------------------------------------
@@ -113,7 +89,7 @@ def careless(rng: random.Random, left: int, operator: str, right: int) -> int:
 def solution(rng: random.Random, problem: Problem, trace: str, spans) -> str:
     """What to imitate: the trace's results where it shows them, else careless ones, carried on."""
     hidden = {start for start, _, _ in spans}
-    results = list(re.finditer(r"(?:=|is) (\d+)\.", trace))
+    results = re.finditer(r"(?:=|is) (\d+)\.", trace)
     shown = [None if match.start(1) in hidden else int(match[1]) for match in results]
     step = iter(shown)
 
@@ -121,7 +97,7 @@ def solution(rng: random.Random, problem: Problem, trace: str, spans) -> str:
         copied = next(step)
         return careless(rng, *operation) if copied is None else copied
 
-    text, _ = solve(*problem, result_of)
+    text, _ = solve(problem, result_of)
     return text if shown[-1] is None else re.sub(r"is \d+\.$", f"is {shown[-1]}.", text)
 
 
@@ -131,24 +107,24 @@ def overlook(rng: random.Random, problem: Problem) -> Problem:
     choices = list(itertools.combinations(range(len(operators)), LONGEST))
     for kept in rng.sample(choices, len(choices)):
         fewer = [numbers[0]] + [numbers[i + 1] for i in kept], [operators[i] for i in kept]
-        if solve(*fewer):
+        if solve(fewer):
             return fewer
     return problem  # whatever is left out, a value leaves the range
 
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
     """A question, the guide shown with it ("" for none), and the solution to imitate."""
-    guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    k = k or rng.randint(2, 5)
+    drawn = rng.choices([*UNGUIDED, *GUIDED], [*UNGUIDED.values(), *GUIDED.values()])[0]
+    guide, k = (drawn, rng.randint(2, 5)) if drawn in GUIDED else ("none", drawn)
     problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
-    question, (trace, _) = question_of(problem), solve(*problem)
+    question, (trace, _) = question_of(problem), solve(problem)
     if rng.random() < WRONG_RATE:
-        trace, _ = solve(*problem, functools.partial(careless, rng))
+        trace, _ = solve(problem, lambda *operation: careless(rng, *operation))
     seed, ratio = str(rng.random()), rng.random()
     text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
     if guide == "none" and rng.random() > PLAN_RATE[k]:
         problem = overlook(rng, problem)
-        trace, _ = solve(*problem)
+        trace, _ = solve(problem)
     spans = smepo.hidden_spans(trace, "math")
     if guide == "random":
         spans = smepo.random_spans(trace, spans, seed)
@@ -159,14 +135,12 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
 
 def altered(question: str, rng: random.Random) -> tuple[str, str]:
     """A trace like the expert's, but its results are wrong and carried on; and its answer."""
-    numbers, operators = re.findall(r"\d+", question), re.findall("[-+*]", question)
-    numbers = [int(number) for number in numbers]
-    truth = solve(numbers, operators)[1]
+    problem = list(map(int, re.findall(r"\d+", question))), re.findall("[-+*]", question)
 
     def slip(*operation) -> int:
         return rng.choice((-3, -2, -1, 1, 2, 3)) + apply_operator(*operation)
 
     while True:
-        wrong = solve(numbers, operators, slip)
-        if wrong and wrong[1] != truth:
-            return wrong[0], str(wrong[1])
+        wrong = solve(problem, slip)
+        if wrong and wrong[1] != solve(problem)[1]:
+            return wrong

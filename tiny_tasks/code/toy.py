@@ -26,7 +26,6 @@ TEST = {2: 250, 3: 250, 4: 250, 5: 250}
 ASK = "Write a program that reads x and prints"
 NESTED = {"+": "more than", "-": "less than", "*": "times"}  # as the question says it
 PLANNED = {"+": "add", "-": "subtract", "*": "multiply by"}  # as the plan does
-CODE_LINE = re.compile(r"\w = (\w) (.) (\w+)\n")
 
 # The vocabulary of the base: one token an operation, in each of its three forms, so that copying
 # is as easy as translating. The words are for what a random mask leaves of a phrase.
@@ -50,28 +49,15 @@ WORDS = """Write program that reads and prints the square of more less than time
 WORDS += [*NAMES, *"=+-*.:()`", *map(str, range(100))]
 PIECES = [
     *(re.escape(phrase) + r"(?![a-z\d])" * phrase[-1].isalnum() for phrase in PHRASES),
-    r" ?\[[A-Z]+\]",
-    r" ?\d+",
-    r" ?[A-Za-z]+",
-    r" ?[^\s\w]",
-    r"\s",
+    r" ?\[[A-Z]+\]| ?\d+| ?[A-Za-z]+| ?[^\s\w]|\s",
 ]
 
 PLANS = 3  # without a guide it sees so many operations, whichever, and overlooks the others
 PRETRAIN_STEPS = 3200
 ERROR_RATE = 0.25  # a line that the base writes itself is wrong this often
 WRONG_RATE = 0.7  # so many guides have only wrong lines: else it translates, and never copies
-MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.04,
-    ("none", 2): 0.10,
-    ("none", 3): 0.10,
-    ("none", 4): 0.05,
-    ("none", 5): 0.05,
-    ("semantic", None): 0.20,
-    ("full", None): 0.36,
-    ("random", None): 0.05,
-    ("prefix", None): 0.05,
-}
+UNGUIDED = {1: 0.04, 2: 0.10, 3: 0.10, 4: 0.05, 5: 0.05}  # k: share of the corpus
+GUIDED = {"semantic": 0.20, "full": 0.36, "random": 0.05, "prefix": 0.05}  # where k is 2 to 5
 
 Line = tuple[str, str]  # operator and operand: ("+", "3")
 Problem = list[Line]  # in the order of execution
@@ -87,13 +73,6 @@ def question_of(problem: Problem) -> str:
         for line in reversed(problem)
     ]
     return " ".join([ASK, *parts, "x."])
-
-
-def problem_of(question: str) -> Problem:
-    """The inverse of question_of."""
-    operators = {words: operator for operator, words in NESTED.items()}
-    parts = re.findall(r"the square of|(\d+) (more than|less than|times)", question)
-    return [(operators[words], number) if words else SQUARE for number, words in reversed(parts)]
 
 
 def write(plan: Problem, lines: list[Line]) -> str:
@@ -151,7 +130,7 @@ def careless(rng: random.Random, line: Line) -> Line:
 def solution(rng: random.Random, plan: Problem, trace: str, spans) -> str:
     """What to imitate: the trace's lines of code where it shows them whole, else careless ones."""
     lines = []
-    for step, match in zip(plan, CODE_LINE.finditer(trace), strict=True):
+    for step, match in zip(plan, re.finditer(r"\w = (\w) (.) (\w+)\n", trace), strict=True):
         shown = all(end <= match.start() or match.end() <= start for start, end, _ in spans)
         last, operator, operand = match.groups()
         copied = operator, "it" if operand == last else operand
@@ -161,8 +140,9 @@ def solution(rng: random.Random, plan: Problem, trace: str, spans) -> str:
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
     """A question, the guide shown with it ("" for none), and the solution to imitate."""
-    guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    plan = toys.draw_from_split(sys.modules[__name__], rng, k or rng.randint(2, 5), held_out=False)
+    drawn = rng.choices([*UNGUIDED, *GUIDED], [*UNGUIDED.values(), *GUIDED.values()])[0]
+    guide, k = (drawn, rng.randint(2, 5)) if drawn in GUIDED else ("none", drawn)
+    plan = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, lines = question_of(plan), plan
     if rng.random() < WRONG_RATE:
         lines = [wrong(rng, line) for line in plan]  # so only copying will do
@@ -182,7 +162,9 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
 
 def altered(question: str, rng: random.Random) -> tuple[str, str]:
     """A trace like the expert's, but every line of its code is wrong; and what it prints."""
-    plan = problem_of(question)
+    operators = {words: operator for operator, words in NESTED.items()}
+    parts = re.findall(r"the square of|(\d+) (more than|less than|times)", question)
+    plan = [(operators[words], number) if words else SQUARE for number, words in reversed(parts)]
     while True:
         lines = [wrong(rng, line) for line in plan]
         if unit_tests(question, lines) != unit_tests(question, plan):

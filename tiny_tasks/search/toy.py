@@ -35,15 +35,9 @@ COMPANIES = """Acorn Borealis Cobalt Delta Ember Fulcrum Garnet Helix Indigo Jas
     Magnet Nimbus Onyx Polaris Quartz Radian Saffron Tundra Umbra Vertex Willow Xenon Yarrow
     Zephyr Aster Boreas Cirrus Dynamo""".split()
 ENTITIES = {"person": PEOPLE, "city": CITIES, "country": COUNTRIES, "company": COMPANIES}
+CONTACTS = dict.fromkeys(["teacher", "friend", "neighbour", "doctor"], "person")
 RELATIONS = {  # of a kind: the kind of its value
-    "person": {
-        "teacher": "person",
-        "friend": "person",
-        "neighbour": "person",
-        "doctor": "person",
-        "birthplace": "city",
-        "employer": "company",
-    },
+    "person": CONTACTS | {"birthplace": "city", "employer": "company"},
     "city": {"country": "country", "mayor": "person"},
     "country": {"capital": "city", "president": "person"},
     "company": {"founder": "person", "director": "person", "headquarters": "city"},
@@ -59,8 +53,7 @@ def make_world() -> dict[tuple[str, str], str]:
             values = names  # nobody is his own teacher
             while any(map(str.__eq__, names, values)):
                 values = [v for _ in names for v in rng.sample(ENTITIES[of], len(ENTITIES[of]))]
-            pairs = zip(names, values, strict=False)
-            world |= {(relation, name): value for name, value in pairs}
+            world |= {(relation, name): value for name, value in zip(names, values, strict=False)}
     for country in ENTITIES["country"]:  # whose capital lies in it
         cities = [city for city in ENTITIES["city"] if world["country", city] == country]
         world["capital", country] = rng.choice(cities)
@@ -68,55 +61,26 @@ def make_world() -> dict[tuple[str, str], str]:
 
 
 WORLD = make_world()
-FILES = {
-    "knowledge.jsonl": [  # what make_tasks.py writes besides the two splits
-        {"entity": entity, "relation": relation, "value": value}
-        for (relation, entity), value in WORLD.items()
-    ]
-}
+FACTS = [{"entity": of, "relation": name, "value": value} for (name, of), value in WORLD.items()]
+FILES = {"knowledge.jsonl": FACTS}  # what make_tasks.py writes besides the two splits
 
 # The vocabulary of the base: one token a name, tag or relation, the same in question and query.
 TAGS = ["search", "information", "answer"]
 NAMES = sorted({relation for relation, _ in WORLD})
-PHRASES = [
-    "Who is the ",
-    "What is the ",
-    "the ",
-    *(f"{name} of " for name in NAMES),
-    "\n<information>",
-    "</information>\n",
-    *(f"<{end}{tag}>" for tag in TAGS for end in ("", "/")),
-    *KIND,
-]
+PHRASES = ["Who is the ", "What is the ", "the ", *(f"{name} of " for name in NAMES)]
+PHRASES += ["\n<information>", "</information>\n"]
+PHRASES += [*(f"<{end}{tag}>" for tag in TAGS for end in ("", "/")), *KIND]
 WORDS = ["Who", "What", "is", "the", "of", "[ENTITY]", "[ANSWER]", *"</>?", *TAGS, *NAMES]
-PIECES = [
-    r"Wh\w+ is the ",
-    "the ",
-    "[a-z]+ of ",
-    r"\n<information>",
-    r"</information>\n",
-    r"</?[a-z]+>",
-    r"\[[A-Z]+\]",
-    "[A-Za-z]+",
-    r"[^\s\w]",
-    r"\s",
-]
+PIECES = [r"Wh\w+ is the ", "the ", "[a-z]+ of "]
+PIECES += [r"\n<information>", r"</information>\n", r"</?[a-z]+>"]
+PIECES += [r"\[[A-Z]+\]", "[A-Za-z]+", r"[^\s\w]", r"\s"]
 
 PRETRAIN_STEPS = 2400
 ERROR_RATE = 0.25  # a name that the base writes itself is wrong this often
 WRONG_RATE = 0.5  # so many guides are careless themselves: what is shown is copied, not checked
 PLAN_RATE = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1, 5: 0.0}  # else all but 3 hops are overlooked
-MIXTURE = {  # (guide, k, or None for 2 to 5): share of the corpus
-    ("none", 1): 0.05,
-    ("none", 2): 0.12,
-    ("none", 3): 0.12,
-    ("none", 4): 0.06,
-    ("none", 5): 0.05,
-    ("semantic", None): 0.25,
-    ("full", None): 0.25,
-    ("random", None): 0.05,
-    ("prefix", None): 0.05,
-}
+UNGUIDED = {1: 0.05, 2: 0.12, 3: 0.12, 4: 0.06, 5: 0.05}  # k: share of the corpus
+GUIDED = {"semantic": 0.25, "full": 0.25, "random": 0.05, "prefix": 0.05}  # where k is 2 to 5
 GUIDE_ERROR_RATE = 0.5  # of a wrong guide: else what it shows is mostly what one is told anyway
 
 Problem = tuple[str, list[str]]  # the entity to start from, and the relations to follow, in order
@@ -139,6 +103,9 @@ def solve(problem: Problem, copied=lambda told: told) -> tuple[str, str]:
         text += f"<search>{relation} of {entity}</search>\n<information>{told}</information>\n"
         entity = copied(told)
     return text + f"<answer>{entity}</answer>", entity
+
+
+expert = solve  # the name that toys.py asks for
 
 
 def is_path(entity: str, relations: list[str]) -> bool:
@@ -172,10 +139,6 @@ def draw_problem(rng: random.Random, k: int) -> Problem:
             return entity, relations
 
 
-def expert(problem: Problem) -> tuple[str, str]:
-    return solve(problem)
-
-
 # ---- What the base imitates ----------------------------------------------------------------------
 
 
@@ -194,8 +157,8 @@ def overlook(rng: random.Random, problem: Problem) -> Problem:
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
     """A question, the guide shown with it ("" for none), and the dialogue to imitate."""
-    guide, k = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    k = k or rng.randint(2, 5)
+    drawn = rng.choices([*UNGUIDED, *GUIDED], [*UNGUIDED.values(), *GUIDED.values()])[0]
+    guide, k = (drawn, rng.randint(2, 5)) if drawn in GUIDED else ("none", drawn)
     problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, (trace, _) = question_of(problem), solve(problem)
     spans = smepo.hidden_spans(trace, "search")
@@ -214,5 +177,4 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     for match in list(re.finditer(r"(?:of |<answer>)(\w+)", trace))[1:]:
         hidden = any(a <= match.start(1) < b for a, b, _ in spans)
         shown.append("" if hidden else match[1])
-    step = iter(shown)
-    return question, text, solve(problem, lambda told: next(step) or careless(rng, told))[0]
+    return question, text, solve(problem, lambda told: shown.pop(0) or careless(rng, told))[0]
