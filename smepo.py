@@ -26,7 +26,7 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 129 to 739, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 129 to 744, half an hour to read; below it are data, disk and flags. Left
 out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
 mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
 (python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs
@@ -133,6 +133,9 @@ class Config:
 class Domain:
     """What the verifier reads is what the mask must hide: both stand in one file. The whole of
     colors.py, beside smepo.py, for --domain colors:
+
+        import re
+        from smepo import Domain
 
         DOMAIN = Domain(
             spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
@@ -383,8 +386,8 @@ def build_prompt(tokenizer, question: str, guide_text="", system="") -> str:
 
 def read_problems(path: str, guide: str, config, split="train"):
     """Of rows in the schema of the official data, {"question": "...", "reward_model":
-    {"ground_truth": "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}, of which the last two
-    may be missing where they are not needed. Without a path those of the toy."""
+    {"ground_truth": "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}, of which
+    difficulty may be missing, and teacher_ds where no guide is shown. Without a path: the toy's."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
@@ -716,10 +719,10 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
     data = zlib.crc32(repr([problems, tests]).encode())
     folder = open_run(config)
-    print(f"should it be stopped: python smepo.py --resume {folder}")
+    print(f"if it is stopped: python smepo.py --resume {folder}")
     done = restore(folder, model, optimizer, data)
     if done == 0:
-        print(f"\n{problems[0].question}\n\n{problems[0].guide}\n")
+        print(f"\n{problems[0].question}\n\nguide:\n{problems[0].guide}\n")
         torch.manual_seed(config.seed)
         before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
         append(folder / "metrics.jsonl", [before])
@@ -870,7 +873,7 @@ def report(folder: Path):
         after, e = last["pass@1"][level]
         row = f"{before:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - before:+.3f}"
         print(f"difficulty {level:<6}  {row}")
-    print(f"\n{folder} holds it all.")
+    print(f"\n{folder} holds metrics.jsonl, rollouts.jsonl and checkpoint/")
     try:
         from tiny_tasks import plots
     except ModuleNotFoundError:
