@@ -1,16 +1,13 @@
 """The verifier of code: does a program print what its unit tests expect?
 
-A program runs in a process of its own, see sandbox.py, which is given what it may read. What it
-should print stays here, and is compared here.
+It runs in a process of its own, see sandbox.py. What it should print stays and is compared here.
 """
 
 import json
 import marshal
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -41,37 +38,23 @@ def compiled(source: Path) -> bytes:
     return marshal.dumps(compile(Path(source).read_bytes(), str(source), "exec"))
 
 
-def kill(process) -> None:
-    """And its whole group."""
-    process.kill()
-    with suppress(ProcessLookupError, PermissionError, AttributeError):  # Windows has no groups
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def outputs(program: str, inputs: list[str]) -> list[str]:
     """What it prints for each input, up to the first that fails. IndexError: it never began."""
     needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
-    environment = {name: os.environ[name] for name in needed if name in os.environ}
     job = {"program": program, "inputs": inputs, "seconds": SECONDS}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", START, str(SANDBOX)],
-            stdin=subprocess.PIPE,
+    try:
+        written = subprocess.run(
+            [sys.executable, *"-P -s -S -B -X utf8 -c".split(), START, str(SANDBOX)],
+            input=compiled(SANDBOX) + marshal.dumps(job),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONHASHSEED": "0"},
-            cwd=folder,
-            start_new_session=True,
-        )
-        try:
-            written, _ = process.communicate(compiled(SANDBOX) + marshal.dumps(job), SECONDS + 5)
-        except subprocess.TimeoutExpired:  # it was stopped, or this process was: no matter
-            kill(process)
-            written, _ = process.communicate()
-        finally:
-            kill(process)
-    begun = written.split(b"ready\n")[1].split(b"\n")  # a line without an end was cut off
-    return [bytes.fromhex(line.decode()).decode("utf-8", "replace") for line in begun[:-1]]
+            env={k: v for k, v in os.environ.items() if k in needed} | {"PYTHONHASHSEED": "0"},
+            timeout=SECONDS + 5,
+        ).stdout
+    except subprocess.TimeoutExpired as stopped:  # with what it had printed by then
+        written = stopped.stdout or b""
+    begun = written.split(b"ready")[1].split(b"\n")[1:-1]  # a line without an end was cut off
+    return [bytes.fromhex(line.decode()).decode("utf-8", "replace") for line in begun]
 
 
 def lines(text: str) -> list[str]:  # white space at their ends, and at the end of all, is free
@@ -80,15 +63,11 @@ def lines(text: str) -> list[str]:  # white space at their ends, and at the end 
 
 @lru_cache(2**14)  # once trained, a policy writes the same right program again and again
 def verdict(program: str, tests: str) -> bool:
-    try:
-        pairs = cases(tests)
-    except ValueError:
-        return False
+    pairs = cases(tests)
     for _ in range(2):
         with suppress(OSError, IndexError):  # a breakdown: no verdict
             printed = outputs(program, [given for given, _ in pairs])
-            wanted = [lines(text) for _, text in pairs]
-            return [lines(text) for text in printed] == wanted
+            return [lines(text) for text in printed] == [lines(text) for _, text in pairs]
     raise UserError("the judge of code cannot start its sandbox: is the machine out of memory?")
 
 
@@ -97,6 +76,5 @@ def judge(programs: list[str], tests: list[str]) -> list[bool]:
     jobs = list(zip(programs, tests, strict=True))
     distinct = list(dict.fromkeys(jobs))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(lambda job: verdict(*job), distinct)
-        passed = dict(zip(distinct, verdicts, strict=True))
+        passed = dict(zip(distinct, pool.map(lambda job: verdict(*job), distinct), strict=True))
     return [passed[job] for job in jobs]

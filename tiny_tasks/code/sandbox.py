@@ -1,8 +1,8 @@
 """The process that runs one program on all of its tests. judge.py starts this file as a script.
 
-A list of what is allowed is held against the program's syntax tree before it runs: modules that
-compute, names and attributes without a leading underscore, standard input and output. This contains
-the accidents of a model that learns to write programs; against an attacker, use a container.
+Three walls: a list of what is allowed is held against its syntax tree; it gets few builtins, and of
+a module the public names; and when it runs, nothing of the operating system is left in the process.
+This contains the accidents of a model that learns to write; against an attacker, use a container.
 """
 
 import _ast as ast  # the nodes alone: all of `ast` takes as long as a Python to start
@@ -10,8 +10,9 @@ import _thread
 import builtins
 import io
 import marshal
-import os
 import sys
+import time
+from os import _exit
 
 MODULES = """array bisect cmath collections collections.abc copy dataclasses datetime decimal enum
 fractions functools heapq itertools json math operator random re statistics string sys typing"""
@@ -20,20 +21,12 @@ SYS = {"stdin", "stdout", "maxsize", "setrecursionlimit", "exit"}
 REFUSED = """attrgetter methodcaller singledispatch singledispatchmethod Formatter format_map wraps
 get_type_hints ForwardRef get_args evaluate_forward_ref TypedDict make_dataclass update_wrapper
 EnumMeta EnumType global_enum metaclass"""
-BUILTINS = """eval exec compile getattr setattr delattr globals locals vars dir breakpoint help
-memoryview open"""
+BUILTINS = "eval exec compile getattr setattr delattr globals locals vars dir breakpoint open"
 METHODS = """init str repr eq ne lt le gt ge hash len iter next getitem setitem delitem contains
 call add sub mul truediv floordiv mod pow neg abs bool int float index radd rsub rmul iadd isub imul
 and or xor enter exit post_init missing reversed lshift rshift invert name slots copy deepcopy"""
-UNDERSCORED = {f"__{name}__" for name in METHODS.split()} | {"__", "_replace", "_asdict", "_fields"}
-FRAMES = ("gi_", "f_", "tb_", "co_", "cr_", "ag_")
-COMMON = """array bisect calendar cmd code copy datetime email errno html keyword math numbers
-operator profile queue random re readline resource select signal stat statistics string struct
-symbol time token trace uuid"""
+UNDERSCORED = {"_", "__", *(f"__{name}__" for name in METHODS.split())}
 MODULES, REFUSED, BUILTINS = set(MODULES.split()), set(REFUSED.split()), set(BUILTINS.split())
-ELSEWHERE = REFUSED | sys.stdlib_module_names - set(COMMON.split())  # no ordinary attributes
-READS = r"\{[^{}:!]*[.\[]"  # a format that looks into what it shows
-FENCED = "os subprocess shutil socket ctypes pty signal sqlite3 mmap fcntl gc winreg _winapi"
 MOST = 2**22  # characters of output
 
 
@@ -42,149 +35,111 @@ def need(allowed: bool) -> None:
         raise ValueError("not allowed")
 
 
-def walk(tree: ast.AST) -> list[ast.AST]:
-    """All nodes, each one before those within it."""
-    nodes = [tree]
-    for node in nodes:
-        for value in [getattr(node, field, None) for field in node._fields]:
-            children = value if isinstance(value, list) else [value]
-            nodes += [child for child in children if isinstance(child, ast.AST)]
-    return nodes
-
-
-def looks_inside(text: str) -> bool:
-    import re  # few programs need it
-
-    return bool(re.search(READS, text))
-
-
-def public(module: str, name: str) -> bool:
-    """May this name of a module be used? Not what it has imported itself."""
-    if module not in MODULES or module == "sys":
-        return module == "sys" and name in SYS
-    found = __import__(module, fromlist=["*"])
-    names = [each for each in getattr(found, "__all__", dir(found)) if each[0] != "_"]
-    if name == "*":
-        return all(public(module, each) for each in names)
-    return name in names and not isinstance(getattr(found, name, None), type(sys))
-
-
-def imported(tree: ast.AST) -> dict[str, str]:
-    """{name in the program: module}; none has two, and none is an attribute of a class."""
-    modules = {}
-    for node in walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            need(not node.level and all(public(node.module, alias.name) for alias in node.names))
-        if isinstance(node, ast.ClassDef):
-            need(not any(isinstance(part, ast.Import) for part in walk(node)))
-        for alias in node.names if isinstance(node, ast.Import) else []:
-            name = alias.asname or alias.name
-            need(alias.name in MODULES and "." not in name)
-            need(modules.setdefault(name, alias.name) == alias.name)
-    return modules
-
-
-def check_name(node: ast.AST, name: str) -> None:
-    need(name not in (BUILTINS | REFUSED if isinstance(node, ast.Name) else REFUSED))
-    need(not (name.startswith("__") and name.endswith("__")) or name in UNDERSCORED)
-    if isinstance(node, ast.Attribute | ast.MatchClass):  # whatever it is an attribute of
-        own = getattr(getattr(node, "value", None), "id", "") in ("self", "cls", "other")
-        need(name[0] != "_" or name in UNDERSCORED or own and name[-1] != "_")
-        need(name not in ELSEWHERE and not name.startswith(FRAMES))
-
-
 def check(tree: ast.AST) -> None:
-    """ValueError: it uses what is not allowed."""
-    modules, fine = imported(tree), set()  # nodes that were looked at with the one around them
-    for node in (node for node in walk(tree) if node not in fine):
-        base, function = getattr(node, "value", None), getattr(getattr(node, "func", 0), "id", "")
-        if isinstance(node, ast.Attribute) and getattr(base, "id", None) in modules:
-            fine.add(base)
-            allowed = (ast.Load, ast.Store) if modules[base.id] == "sys" else ast.Load
-            need(public(modules[base.id], node.attr) and isinstance(node.ctx, allowed))
+    """ValueError: it uses what is not allowed. Its modules are loaded: later none can be."""
+    nodes, names, modules = [tree], set(), {"heapq"}  # which Counter.most_common loads when called
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            need(not getattr(node, "level", 0))
+            modules |= {getattr(node, "module", alias.name) for alias in node.names}
+        elif getattr(getattr(node, "func", None), "id", "") in ("open", "type"):
+            node.func.id += "()"  # what `run` gives in its place
         elif isinstance(node, ast.Attribute) and node.attr == "format":
-            need(isinstance(base, ast.Constant) and not looks_inside(str(base.value)))
-        elif function == "open":
-            fine.add(node.func)
-            need([getattr(argument, "value", None) for argument in node.args] == [0])
-        need(function != "type" or len(node.args) == 1)
-        need(not isinstance(node, ast.Name) or node.id not in modules)
-        for _, value in [(f, getattr(node, f, None)) for f in node._fields]:
-            for name in value if isinstance(value, list) else [value]:
-                if isinstance(name, str) and not isinstance(node, ast.Constant):
-                    check_name(node, name)
+            call = compile("Text(0)", "", "eval", ast.PyCF_ONLY_AST).body
+            call.func.id, call.args, node.value = "Text()", [node.value], call
+        elif isinstance(node, ast.AnnAssign):  # as a field of a dataclass, `match` would read it
+            need("format" not in vars(node.target).values())
+        elif isinstance(node, ast.MatchClass):
+            need("format" not in node.kwd_attrs)
+        for value in vars(node).values():
+            parts = value if isinstance(value, list) else [value]
+            nodes += [part for part in parts if isinstance(part, ast.AST)]
+            if not isinstance(node, ast.Constant):
+                names |= {part for part in parts if isinstance(part, str)}
+    need(modules <= MODULES and not names & REFUSED)
+    need({name for name in names if name[0] == name[-1] == "_"} <= UNDERSCORED)
+    for name in modules | ({"_strptime"} if "datetime" in modules else set()):
+        __import__(name)
+
+
+class Text:  # x in the program's `x.format`: no format may look into what it shows
+    def __init__(self, value):
+        self.format = value.format
+        text = getattr(self.format, "__self__", "._")  # str.format has none
+        need(not isinstance(text, str) or str.find(text, "._") < 0)  # {0.__class__}
+
+
+def public(name: str):
+    """What the program gets for a module: not what that has imported itself."""
+    found = vars(sys.modules[name])
+    names = SYS if name == "sys" else set(found.get("__all__", found)) - REFUSED
+    names = {each for each in names & found.keys() if not isinstance(found[each], type(sys))}
+    same = {"__setattr__": lambda _, each, value: need(value is found[each]), "__delattr__": None}
+    module = type("Module", (), same)()
+    vars(module).update((each, found[each]) for each in names if each[0] != "_")
+    return module  # without a `__name__`, so that no import looks further
 
 
 def fence(event: str, arguments: tuple) -> None:
-    """A second wall, where that list has a gap: nothing outside of this process changes."""
-    fenced = event.split(".")[0] in FENCED.split() and event not in ("os.listdir", "os.scandir")
-    if fenced or event == "open" and arguments[1] not in ("r", "rb"):
-        raise PermissionError(event)
+    """Of what Python reports only what honest programs do: no file, no process, no frame."""
+    if event.startswith("object.__"):
+        event = event[9:12] + arguments[1]
+    if f" {event} " not in (  # all constants: names can be changed by whoever reaches them
+        " array.__new__ builtins.id builtins.input builtins.input/result compile exec get__code__"
+        " get__defaults__ get__kwdefaults__ set__defaults__ set__doc__ set__module__ time.sleep "
+        " set__bases__ set__name__ set__qualname__ sys._getframemodulename "
+    ):
+        raise ValueError(event)  # namedtuple takes it for a Python without frames
 
 
-def set_limits(seconds: float) -> None:
-    """Of time, memory and files, where the system has them: Windows leaves them to judge.py."""
-    sys.addaudithook(fence)
-    try:
-        import resource
-    except ImportError:
-        return
-    limits = {"AS": 2**29, "CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0}
-    for name, most in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-        except (ValueError, OSError, AttributeError):  # this system has no such limit
-            pass
-
-
-class Output(io.BytesIO):
-    def close(self):  # what was printed stays
-        pass
-
-
-def run(code, given: str) -> bytes | None:
-    """What the program prints, None if it fails."""
-    main, output, failed = type(sys)("__main__"), Output(), True
-    allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
-    sys.stdin = stdin = io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "replace")), "utf-8")
+def run(code, given: str) -> bytes:
+    main = type(sys)("__main__")
+    output = type("Output", (io.BytesIO,), {"close": lambda self: None})()  # what is printed stays
+    sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "replace")), "utf-8")
     sys.stdout = io.TextIOWrapper(output, "utf-8", newline="\n", write_through=True)
-    allowed |= {"open": lambda file: stdin, "exit": sys.exit, "quit": sys.exit}
-    main.__dict__["__builtins__"], sys.modules["__main__"] = allowed, main
+    files = {(0, "r"): sys.stdin, (0, "rb"): sys.stdin.buffer}
+    modules = {name: public(name) for name in MODULES & sys.modules.keys()}
+    allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
+    allowed |= {"exit": sys.exit, "quit": sys.exit, "Text()": Text}
+    allowed["open()"] = lambda file, mode="r", **_: files[file, mode]
+    allowed["type()"] = lambda value: type(value)
+    allowed["__import__"] = lambda name, *_: modules.get(name)  # C code has no use for the answer
+    main.__builtins__, sys.modules["__main__"] = allowed, main
     try:
-        exec(code, main.__dict__)
-        failed = False
+        exec(code, vars(main))
     except SystemExit as end:
-        failed = end.code not in (None, 0)
-    except BaseException:
-        pass
-    printed = output.getvalue()
-    return None if failed or len(printed) > MOST else printed
+        need(end.code in (None, 0))
+    need(len(output.getvalue()) <= MOST)
+    return output.getvalue()
 
 
 def work(job: dict, out) -> None:
     """`ready`, then a line for each test: what was printed, in hexadecimal digits."""
     try:
-        set_limits(job["seconds"])
-        out.write(b"ready\n")  # from here on a failure is the program's own
-        out.flush()
+        limits = {"CPU": int(job["seconds"]) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0, "AS": 2**29}
+        try:
+            import resource
+
+            for name, most in limits.items():
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        except (ImportError, AttributeError, ValueError, OSError):
+            pass  # Windows has none, macOS not the last
+        print("ready", file=out, flush=True)  # from here on a failure is the program's own
         tree = compile(job["program"], "program.py", "exec", ast.PyCF_ONLY_AST)
         check(tree)
         code = compile(tree, "program.py", "exec")
+        for name in {"os", "posix", "nt", "_imp"} & sys.modules.keys():
+            vars(sys.modules[name]).clear()
+        sys.addaudithook(fence)
         for given in job["inputs"]:
-            printed = run(code, given)
-            if printed is None:
-                break
-            out.write(printed.hex().encode() + b"\n")
-            out.flush()
+            print(run(code, given).hex(), file=out, flush=True)
     finally:
-        os._exit(0)  # whatever it has started or registered
+        _exit(0)  # whatever it has started or registered
 
 
 if __name__ == "__main__":
     job = marshal.load(sys.stdin.buffer)
     _thread.stack_size(2**26)  # for deep recursion
-    _thread.start_new_thread(work, (job, sys.stdout.buffer))
-    done = _thread.allocate_lock()
-    done.acquire()
-    done.acquire(timeout=job["seconds"])  # the deadline, on every system
-    os._exit(1)
+    _thread.start_new_thread(work, (job, sys.stdout))
+    time.sleep(job["seconds"])  # the deadline, on every system
+    _exit(1)
