@@ -50,6 +50,7 @@ def outputs(program: str, inputs: list[str]) -> list[str]:
             stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if k in needed} | {"PYTHONHASHSEED": "0"},
             timeout=SECONDS + 5,
+            start_new_session=True,  # Ctrl-Z stops the trainer, not a program whose clock runs
         ).stdout
     except subprocess.TimeoutExpired as stopped:  # with what it had printed by then
         written = stopped.stdout or b""
