@@ -8,17 +8,17 @@ TRL, AIME and the official data are known; others are named by `--columns questi
 answer=C difficulty=D`, nested ones as a.b. Types are never guessed: 2001-03-01 and 007 stay.
 """
 
-import argparse
 import csv
 import gzip
 import io
 import json
 import re
 import sys
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 
 import datasets
+from pyarrow import parquet
 
 import smepo
 from tiny_tasks import toys
@@ -29,33 +29,7 @@ KNOWN = {  # as data sets call them: the first that is there
     "answer": "reward_model.ground_truth ground_truth answer",
     "difficulty": "difficulty level",
 }
-
-
-@dataclass
-class Row:
-    question: str
-    trace: str
-    answer: str
-    difficulty: str
-
-    def fault(self, domain: str, max_chars: int) -> str:
-        """What is wrong with it, or ""."""
-        if not self.question:
-            return "no question"
-        if not self.answer:
-            return "no answer"
-        if len(self.question + self.trace) > max_chars:
-            return "too long"
-        masked = smepo.mask_trace(self.trace, domain, self.answer)
-        return "leaks" if smepo.leaks(masked, self.answer, domain) else ""
-
-    def official(self) -> dict:
-        truth = {"style": "rule", "ground_truth": self.answer}
-        row = {"question": self.question, "reward_model": truth, "teacher_ds": self.trace}
-        return row | {"difficulty": self.difficulty} if self.difficulty else row
-
-
-# ---- Reading -------------------------------------------------------------------------------------
+csv.field_size_limit(2**31 - 1)  # what is too long is for --max_chars to say
 
 
 def read_source(source: str, split: str) -> list[dict]:
@@ -65,29 +39,29 @@ def read_source(source: str, split: str) -> list[dict]:
         if not files:
             raise smepo.UserError(f"{source} has no file for the split {split}: see --split")
         return [row for file in files for row in read_source(str(file), split)]
-    elif not path.exists():
-        if path.suffix:
-            raise smepo.UserError(f"{source}: there is no such file")
-        return list(datasets.load_dataset(*source.split(":"), split=split))
-    if path.suffix == ".parquet":
-        return list(datasets.Dataset.from_parquet(str(path)))
-    data = path.read_bytes()
     try:
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-        return parse(text, path.name.removesuffix(".gz"))
-    except (ValueError, EOFError, csv.Error) as error:  # no UTF-8, no JSON, a torn .gz
-        raise smepo.UserError(f"{path} cannot be read: {error}") from error
+        if path.exists() or path.suffix:
+            return read_file(path)
+        return list(datasets.load_dataset(*source.split(":"), split=split))
+    except Exception as error:  # each of these libraries raises its own
+        first_line = str(error).partition("\n")[0]
+        raise smepo.UserError(f"{source} cannot be read: {first_line}") from error
 
 
-def parse(text: str, name: str) -> list[dict]:
-    exact = {"parse_int": str, "parse_float": str}
+def read_file(path: Path) -> list[dict]:
+    data, name = path.read_bytes(), path.name
+    if name.endswith(".gz"):
+        data, name = gzip.decompress(data), name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return parquet.read_table(io.BytesIO(data)).to_pylist()
+    text, exact = data.decode("utf-8-sig"), {"parse_int": str, "parse_float": str}
     if name.endswith(".jsonl"):
         rows = [json.loads(line, **exact) for line in text.split("\n") if line.strip()]
     elif name.endswith(".json"):
         rows = json.loads(text, **exact)
     elif name.endswith((".csv", ".tsv")):
-        lines = csv.DictReader(io.StringIO(text), delimiter="\t" if name.endswith(".tsv") else ",")
-        rows = list(lines)
+        delimiter = "\t" if name.endswith(".tsv") else ","
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
         if any(None in row or None in row.values() for row in rows):
             raise ValueError("a line has more or fewer cells than the header")
     else:
@@ -97,34 +71,11 @@ def parse(text: str, name: str) -> list[dict]:
     return rows
 
 
-# ---- What is what --------------------------------------------------------------------------------
-
-
-def value_at(row: dict, column: str):
-    """Of a.b, row["a"]["b"]; None if it is not there."""
+def text_at(row: dict, column: str) -> str:
+    """Of a.b, row["a"]["b"] as text; "" if it is not there."""
     for name in column.split("."):
         row = row.get(name) if isinstance(row, dict) else None
-    return row
-
-
-def columns_of(rows: list[dict], named: dict[str, str]) -> dict[str, str]:
-    """{"question": its column, ...}: those that are named, else the first known one."""
-    columns = {}
-    for part, known in KNOWN.items():
-        names = [named[part]] if part in named else known.split()
-        names = [name for name in names if part in named or name not in named.values()]
-        found = [name for name in names if any(value_at(row, name) is not None for row in rows)]
-        if part in named and not found:
-            raise smepo.UserError(f"--columns {part}={named[part]}: there is no such column")
-        columns |= {part: found[0]} if found else {}
-    answer = columns.get("answer")
-    if answer == "answer" and "trace" not in columns:
-        if any("####" in as_text(value_at(row, answer)) for row in rows):  # as in GSM8K
-            columns["trace"] = columns.pop("answer")
-    if "question" not in columns:
-        names = ", ".join(rows[0])
-        raise smepo.UserError(f"no column holds the question: --columns question=, of {names}")
-    return columns
+    return as_text(row)
 
 
 def as_text(value) -> str:
@@ -141,20 +92,61 @@ def as_text(value) -> str:
     return "" if value is None else str(value).strip()
 
 
-def to_row(row: dict, columns: dict[str, str]) -> Row:
-    parts = {part: as_text(value_at(row, columns.get(part, ""))) for part in KNOWN}
-    if not parts["answer"] or re.search(r"\\boxed|####", parts["answer"]):  # it is worked out
-        parts["answer"] = smepo.stated(parts["answer"] or parts["trace"])
-    parts["difficulty"] = re.sub(r"^Level ", "", parts["difficulty"])
-    return Row(**parts)
+def columns_of(rows: list[dict], named: dict[str, str]) -> dict[str, str]:
+    """{"question": its column, ...}: those that are named, else the first known one."""
+
+    def is_there(column: str) -> bool:
+        return any(text_at(row, column) for row in rows)
+
+    for part, column in named.items():
+        if part not in KNOWN or not is_there(column):
+            parts = ", ".join(KNOWN)
+            raise smepo.UserError(f"--columns {part}={column}: no such column, or none of {parts}")
+    columns = dict(named)
+    for part, known in KNOWN.items():
+        for column in known.split():
+            if part not in columns and column not in named.values() and is_there(column):
+                columns[part] = column
+    if "question" not in columns:
+        names = ", ".join(rows[0])
+        raise smepo.UserError(f"no column holds the question: --columns question=, of {names}")
+    if "trace" not in columns and "answer" in columns:
+        if any("####" in text_at(row, columns["answer"]) for row in rows):  # as in GSM8K
+            columns["trace"] = columns.pop("answer")
+    return columns
 
 
-# ---- The command ---------------------------------------------------------------------------------
+def to_official(row: dict, columns: dict[str, str]) -> dict:
+    question, trace, answer, difficulty = (text_at(row, columns.get(part, "")) for part in KNOWN)
+    if not answer or re.search(r"\\boxed|####", answer):  # it is worked out
+        answer = smepo.stated(answer or trace)
+    truth = {"style": "rule", "ground_truth": answer}
+    official = {"question": question, "reward_model": truth, "teacher_ds": trace}
+    if difficulty:
+        official["difficulty"] = difficulty.removeprefix("Level ")
+    return official
 
 
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    exact = {"exit_on_error": False, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("prepare", description=__doc__.partition("\n")[0], **exact)
+def fault(row: dict, domain: str, max_chars: int) -> str:
+    """What is wrong with a row of the official schema, or ""."""
+    question, trace = row["question"], row["teacher_ds"]
+    answer = row["reward_model"]["ground_truth"]
+    if not question:
+        return "no question"
+    if not answer:
+        return "no answer"
+    try:
+        toys.to_jsonl([row])
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        return "no UTF-8 form"
+    if len(question + trace) > max_chars:
+        return "too long"
+    masked = smepo.mask_trace(trace, domain, answer)
+    return "leaks" if smepo.leaks(masked, answer, domain) else ""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = toys.Parser("prepare", __doc__.partition("\n")[0])
     parser.add_argument("source")
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--split", default="train", help="of a folder or a hub id")
@@ -162,56 +154,41 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--domain", default="math", help="whose mask is tried: math, code, search")
     parser.add_argument("--drop", action="store_true", help="leave out faulty rows")
     parser.add_argument("--max_chars", type=toys.at_least_1, default=8000, help="of a row")
-    given, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise smepo.UserError(f"unknown flag {rest[0]}: prepare --help lists them all")
-    pairs = [column.partition("=") for column in given.columns]
-    for part, _, column in pairs:
-        if part not in KNOWN or not column:
-            raise smepo.UserError(f"--columns {part}: it must be one of {', '.join(KNOWN)}, and =")
-    given.columns = {part: column for part, _, column in pairs}
+    given = parser.parse_args(arguments)
     if given.out.suffix != ".jsonl" or given.out.is_dir():
         raise smepo.UserError(f"--out {given.out}: it must be a .jsonl file")
-    source = Path(given.source)
-    inside = source.exists() and source.resolve() in (
-        given.out.resolve(),
-        *given.out.resolve().parents,
-    )
-    if inside and given.out.exists():
+    if given.out.exists() and given.out.resolve().is_relative_to(Path(given.source).resolve()):
         raise smepo.UserError(f"--out {given.out} is the source: it would be overwritten")
-    return given
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse_flags(arguments)
+    try:
+        smepo.find_domain(given.domain)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise smepo.UserError(f"--domain {given.domain}: {error}") from error
     raw = read_source(given.source, given.split)
     if not raw:
         raise smepo.UserError(f"{given.source} has no rows")
-    columns = columns_of(raw, given.columns)
-    rows = [to_row(row, columns) for row in raw]
-    faults = [row.fault(given.domain, given.max_chars) for row in rows]
-    for number, fault in enumerate(faults, start=1):
-        if fault.startswith("no ") and not given.drop:
-            raise smepo.UserError(f"{given.source} row {number} has {fault}: see --columns, --drop")
-    kept = [row for row, fault in zip(rows, faults, strict=True) if not (fault and given.drop)]
+    columns = columns_of(raw, dict(name.partition("=")[::2] for name in given.columns))
+    rows = [to_official(row, columns) for row in raw]
+    faults = [fault(row, given.domain, given.max_chars) for row in rows]
+    for number, found in enumerate(faults, start=1):
+        if found.startswith("no ") and not given.drop:
+            raise smepo.UserError(f"{given.source} row {number} has {found}: see --columns, --drop")
+    kept = [row for row, found in zip(rows, faults) if not (found and given.drop)]
     if not kept:
         raise smepo.UserError(f"{given.source}: no row is left, all have a fault: {faults[0]}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with smepo.replacing(given.out) as new:
-        new.write_bytes(toys.to_jsonl([row.official() for row in kept]))
+        new.write_bytes(toys.to_jsonl(kept))
     report(given, columns, kept, rows, faults)
 
 
-def report(given, columns: dict, kept: list[Row], rows: list[Row], faults: list[str]) -> None:
-    for part in KNOWN:
-        missing = "what the trace states" if part == "answer" else "-"
-        print(f"{part:<10} {columns.get(part, missing)}")
-    row = kept[0]
-    masked = smepo.mask_trace(row.trace, given.domain, row.answer)
-    print(f"\n{row.question}\n\nanswer: {row.answer}\n\n{row.trace}\n\nmasked:\n{masked}\n")
-    counts = {fault: faults.count(fault) for fault in sorted(set(faults) - {""})}
-    counts["no trace"] = sum(not row.trace for row in rows)
-    print(", ".join(f"{fault}: {count}" for fault, count in counts.items()))
+def report(given, columns: dict, kept: list[dict], rows: list[dict], faults: list[str]) -> None:
+    print("--columns", " ".join(f"{part}={column}" for part, column in columns.items()))
+    trace, answer = kept[0]["teacher_ds"], kept[0]["reward_model"]["ground_truth"]
+    masked = smepo.mask_trace(trace, given.domain, answer)
+    print(f"\n{kept[0]['question']}\n\nanswer: {answer}\n\n{trace}\n\nmasked:\n{masked}\n")
+    counts = Counter(filter(None, faults))
+    counts["no trace"] = sum(not row["teacher_ds"] for row in rows)
+    print(", ".join(f"{found}: {count}" for found, count in counts.items()))
     print(f"{given.out}: {len(kept)} of {len(rows)} rows" + ", faulty ones dropped" * given.drop)
 
 

@@ -8,12 +8,10 @@ The base resembles the large ones that SMEPO is for: it can follow a plan and co
 carelessly, and it cannot plan the hardest problems alone. README.md beside this file says why.
 """
 
-import os
 import random
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -28,8 +26,7 @@ import smepo
 from tiny_tasks import toys
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -57,44 +54,31 @@ def make_tokenizer(toy) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def labels_of(ids: list[int], offsets: list[tuple], told: list[tuple]) -> list[int]:
-    """-100, which has no loss, for what an environment told."""
-    labels = []
-    for token, (start, _) in zip(ids, offsets, strict=True):
-        hidden = any(a <= start < b for a, b in told)
+def encode(tokenizer, example: tuple, told: re.Pattern | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels. -100 has no loss: the prompt, and what an environment told."""
+    question, guide, solution = example
+    prompt = smepo.build_prompt(tokenizer, question, guide)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    text = solution + tokenizer.eos_token
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    spans = [match.span() for match in told.finditer(text)] if told else []
+    labels = [-100] * len(prompt_ids)
+    for token, (start, _) in zip(ids, encoded["offset_mapping"]):
+        hidden = any(a <= start < b for a, b in spans)
         labels.append(-100 if hidden else token)
-    return labels
-
-
-def encode(tokenizer, examples: list[tuple], told: re.Pattern | None) -> list[tuple]:
-    """(ids, labels) of each example, the shortest first. The prompt has no loss, either."""
-    prompts = [smepo.build_prompt(tokenizer, question, guide) for question, guide, _ in examples]
-    texts = [solution + tokenizer.eos_token for _, _, solution in examples]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    rows = []
-    for i, text in enumerate(texts):
-        ids, offsets = encoded["input_ids"][i], encoded["offset_mapping"][i]
-        spans = [match.span() for match in told.finditer(text)] if told else []
-        no_loss = [-100] * len(prompt_ids[i])
-        rows.append((prompt_ids[i] + ids, no_loss + labels_of(ids, offsets, spans)))
-    return sorted(rows, key=lambda row: len(row[0]))
-
-
-def pad_right(rows: list[list[int]]) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], True, -100)
+    return torch.tensor(prompt_ids + ids), torch.tensor(labels)
 
 
 def batches(toy, tokenizer, rng: random.Random, size: int, told=None) -> Iterator[tuple]:
     """Endless batches of like lengths: ids, attention mask, labels, all (N, L)."""
     while True:
-        rows = encode(tokenizer, [toy.draw_example(rng) for _ in range(8 * size)], told)
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rows = [encode(tokenizer, toy.draw_example(rng), told) for _ in range(8 * size)]
+        rows.sort(key=lambda row: len(row[0]))
+        parts = smepo.chunks(rows, size)
         for part in rng.sample(parts, len(parts)):
-            ids, labels = zip(*part, strict=True)
-            ids, labels = map(pad_right, (ids, labels))
-            mask = (ids >= 0).long()
-            yield ids.clamp(min=0), mask, labels
+            ids, labels = (pad_sequence(column, True, -100) for column in zip(*part))
+            yield ids.clamp(min=0), (ids >= 0).long(), labels
 
 
 def make_model(tokenizer) -> LlamaForCausalLM:
@@ -137,22 +121,24 @@ def calibrate(toy, model, tokenizer, config: smepo.Config, count: int = 1000) ->
     that has `altered`, shows traces with wrong results; its accuracy is how often the answer
     follows them.
     """
-    seed = 12345
-    torch.manual_seed(seed)
+    torch.manual_seed(12345)
     table, hardest = {}, max(toy.TRAIN)
     settings = [("none", k) for k in toy.TEST]
     settings += [(guide, hardest) for guide in ("semantic", "random", "full")]
+    settings += [("altered", hardest)] if hasattr(toy, "altered") else []
     for guide, k in settings:
-        rows = toys.draw_rows(toy, seed, {k: count}, held_out=True)
-        problems = load_rows(rows, guide, tokenizer, config)
+        rows = toys.draw_rows(toy, 12345, {k: count}, held_out=True)
+        if guide == "altered":
+            for row in rows:
+                trace, truth = toy.altered(row["question"], random.Random(row["question"]))
+                row |= {"teacher_ds": trace, "reward_model": {"ground_truth": truth}}
+        shown = guide.replace("altered", "full")
+        problems = load_rows(rows, shown, tokenizer, config)
         guided = [guide != "none"] * count
         rollouts = smepo.rollout(model, tokenizer, problems, guided, config)
         right = [rollout for rollout in rollouts if rollout.reward]
         lucky = [rollout for rollout in right if rollout.text != rollout.problem.trace]
         table[guide, k] = len(right) / count, len(lucky) / count
-    copied = toys.copy_rate(model, tokenizer, problems, config)
-    if copied is not None:
-        table["altered", hardest] = copied, 0.0
     return table
 
 
@@ -161,16 +147,6 @@ def load_rows(rows: list[dict], guide: str, tokenizer, config) -> list[smepo.Pro
         path = Path(folder, "rows.jsonl")
         path.write_bytes(toys.to_jsonl(rows))
         return smepo.load_problems(str(path), guide, tokenizer, config)
-
-
-def save(model, tokenizer, out: Path) -> None:
-    """Written aside, then swapped in, file by file: what else lies there stays."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, suffix=".new") as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        for path in Path(new).iterdir():
-            os.replace(path, out / path.name)
 
 
 def main() -> None:
@@ -183,23 +159,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the model folder, else the task's")
     given = parser.parse_args()
-    start = time.perf_counter()
     config = smepo.Config(task=given.task, device="cpu")
     toy, told = toys.find(given.task), smepo.find_domain(config.domain).told
     out = given.out or smepo.TASKS / given.task / "base"
     if not given.calibrate:
-        steps = given.steps or toy.PRETRAIN_STEPS
         tokenizer = make_tokenizer(toy)
         torch.manual_seed(given.seed)
         model = make_model(tokenizer)
         stream = batches(toy, tokenizer, random.Random(given.seed), given.batch_size, told)
-        pretrain(model, stream, steps, given.learning_rate)
-        save(model, tokenizer, out)
+        pretrain(model, stream, given.steps or toy.PRETRAIN_STEPS, given.learning_rate)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     model, tokenizer = smepo.load_model(out, config)
     print("guide     k  accuracy  of it lucky")
     for (guide, k), (accuracy, lucky) in calibrate(toy, model, tokenizer, config).items():
         print(f"{guide:<9} {k}  {accuracy:.3f}     {lucky:.3f}")
-    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

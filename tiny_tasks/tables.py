@@ -39,10 +39,10 @@ def by_arm(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def summary(results: list[dict]) -> str:
-    levels = list(results[0]["final"])
-    rows = [["the base", "", ""] + [mean_error(at_step_0(results, level)) for level in levels]]
-    rows[0] += ["", "", ""]
-    for arm, runs in by_arm(results).items():
+    arms, levels = by_arm(results), list(results[0]["final"])
+    base = [mean_error([run["points"][0][level] for run in results]) for level in levels]
+    rows = [["the base", "", "", *base, "", "", ""]]
+    for arm, runs in arms.items():
         row = [arm, str(len(runs)), mean_error([run["reward"] for run in runs])]
         row += [mean_error([run["final"][level] for run in runs]) for level in levels]
         row.append(mean_error([run["points"][-1]["seconds"] for run in runs], 0))
@@ -51,26 +51,23 @@ def summary(results: list[dict]) -> str:
     names = [level if level == "mean" else f"k = {level}" for level in levels]
     header = ["arm", "seeds", "reward", *names, "seconds", "leaks", "hint"]
     text = table(header, rows) + EXPLAINED
-    if "grpo" in by_arm(results):
-        text += "\n" + equal_seconds(results, levels[-2])
-    return text + "\n" + seed_by_seed(results, levels[-2])
+    if "grpo" in arms:
+        text += "\n" + equal_seconds(arms, levels[-2])
+    return text + "\n" + seed_by_seed(arms, levels[-2])
 
 
-def at_step_0(results: list[dict], level: str) -> list[float]:
-    return [result["points"][0][level] for result in results]
-
-
-def equal_seconds(results: list[dict], hardest: str) -> str:
-    arms = by_arm(results)
+def equal_seconds(arms: dict[str, list[dict]], hardest: str) -> str:
     grpo = {run["seed"]: run for run in arms["grpo"]}
     rows = []
     for arm, runs in arms.items():
         pairs = [(run, grpo[run["seed"]]) for run in runs if run["seed"] in grpo]
-        row = [arm]
-        for level in hardest, "mean":
-            row.append(mean_error([when_grpo_ends(run, other)[level] for run, other in pairs]))
+        points = [when_grpo_ends(run, other) for run, other in pairs]
         factors = [times_faster(run, other) for run, other in pairs]
         reached = [factor for factor in factors if factor is not None]
+        row = [
+            arm,
+            *(mean_error([point[level] for point in points]) for level in (hardest, "mean")),
+        ]
         row.append(f"{median(reached):.1f}" if reached else "-")
         shown = ["-" if factor is None else f"{factor:.1f}" for factor in factors]
         rows.append([*row, " ".join(shown)])
@@ -84,32 +81,13 @@ def when_grpo_ends(run: dict, grpo: dict) -> dict:
 
 def times_faster(run: dict, grpo: dict) -> float | None:
     end = grpo["points"][-1]
-    for point in run["points"][1:]:
-        if point["mean"] >= end["mean"]:
-            return end["seconds"] / point["seconds"]
-    return None
+    reached = [point for point in run["points"][1:] if point["mean"] >= end["mean"]]
+    return end["seconds"] / reached[0]["seconds"] if reached else None
 
 
-def seed_by_seed(results: list[dict], hardest: str) -> str:
+def seed_by_seed(arms: dict[str, list[dict]], hardest: str) -> str:
     rows = []
-    for arm, runs in by_arm(results).items():
-        row = [arm]
-        for level in hardest, "mean":
-            row.append(" ".join(f"{run['final'][level]:.2f}".lstrip("0") for run in runs))
-        rows.append(row)
+    for arm, runs in arms.items():
+        finals = [[f"{run['final'][level]:.2f}" for run in runs] for level in (hardest, "mean")]
+        rows.append([arm, *(" ".join(final).replace("0.", ".") for final in finals)])
     return table(["arm, by seed", f"k = {hardest}", "mean"], rows)
-
-
-def rates(results: list[dict]) -> str:
-    """Of each arm at each rate: the final mean, and that of the hardest problems."""
-    found: dict[tuple, list[dict]] = {}
-    for result in results:
-        found.setdefault((result["arm"], result["learning_rate"]), []).append(result)
-    hardest = list(results[0]["final"])[-2]
-    rows = []
-    for (arm, rate), runs in found.items():
-        row = [arm, f"{rate:g}", " ".join(str(run["seed"]) for run in runs)]
-        for level in hardest, "mean":
-            row.append(mean_error([run["final"][level] for run in runs]))
-        rows.append(row)
-    return table(["arm", "rate", "seeds", f"k = {hardest}", "mean"], rows)

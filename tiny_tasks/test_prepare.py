@@ -110,7 +110,7 @@ def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
 
 
 BROKEN = {
-    "none.jsonl": (None, "no such file"),
+    "none.jsonl": (None, "No such file"),
     "empty.jsonl": ("", "has no rows"),
     "torn.jsonl": ('{"question": ', "cannot be read"),
     "list.jsonl": ("[1]", "objects"),
@@ -143,7 +143,7 @@ def test_broken_sources_are_refused_in_one_line_and_nothing_is_written(name, cap
         ("--out rows.jsonl", "would be overwritten"),
         ("--out out.jsonl --columns colour=red", "--columns colour"),
         ("--out out.jsonl --columns answer=anser", "no such column"),
-        ("--out out.jsonl --nonsense", "unknown flag"),
+        ("--out out.jsonl --nonsense", "unrecognized arguments: --nonsense"),
         ("--out out.jsonl --max_chars 0", "max_chars"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the tasks share: a split that needs no list, rows in the official schema, a copying test.
+"""What the tasks share: a split that needs no list, rows in the official schema.
 
 A task has a module `tiny_tasks/<task>/toy.py` with these names. A problem is whatever it likes.
 
@@ -18,7 +18,6 @@ import json
 import random
 import sys
 import zlib
-from dataclasses import replace
 from importlib import import_module
 
 import smepo
@@ -49,7 +48,7 @@ def command(main) -> int:
     try:
         main()
     except (smepo.UserError, argparse.ArgumentError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(str(error).partition("\n")[0], file=sys.stderr)
         return 2
     return 0
 
@@ -79,9 +78,10 @@ def draw_rows(toy, seed: int, counts: dict[int, int], held_out: bool) -> list[di
         wanted = len(rows) + count
         while len(rows) < wanted:
             problem = draw_from_split(toy, rng, k, held_out)
+            question = toy.question_of(problem)
             trace, truth = toy.expert(problem)
-            rows[toy.question_of(problem)] = {
-                "question": toy.question_of(problem),
+            rows[question] = {
+                "question": question,
                 "reward_model": {"style": "rule", "ground_truth": truth},
                 "teacher_ds": trace,
                 "difficulty": k,
@@ -91,18 +91,3 @@ def draw_rows(toy, seed: int, counts: dict[int, int], held_out: bool) -> list[di
 
 def to_jsonl(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def copy_rate(model, tokenizer, problems: list[smepo.Problem], config) -> float | None:
-    """Shown a wrong trace, how often does the answer follow it? None if the task has none."""
-    toy = find(config.task)
-    if not hasattr(toy, "altered"):
-        return None
-    misled = []
-    for problem in problems:
-        trace, answer = toy.altered(problem.question, random.Random(problem.question))
-        prompt = smepo.build_prompt(tokenizer, problem.question, trace)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        misled.append(replace(problem, answer=answer, prompts=[problem.prompts[False], ids]))
-    rollouts = smepo.rollout(model, tokenizer, misled, [True] * len(misled), config)
-    return sum(rollout.reward for rollout in rollouts) / len(rollouts)

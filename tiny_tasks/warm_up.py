@@ -19,8 +19,6 @@ from tiny_tasks import pretrain, toys
 from tiny_tasks.arithmetic import toy
 
 GUIDES = ["none", "none", "semantic", "full"]  # half of the examples are unguided
-TRAIN = {2: 300, 3: 300}  # difficulty k: problems
-TEST = {2: 60, 3: 60}
 
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
@@ -49,21 +47,16 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True, help="a Llama, such as SmolLM2")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--steps", type=toys.at_least_1, default=12)
-    parser.add_argument("--batch_size", type=toys.at_least_1, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-5, help="peak, then to 0")
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     model, tokenizer = load_gguf(given.gguf)
-    examples = pretrain.batches(
-        sys.modules[__name__], tokenizer, random.Random(given.seed), given.batch_size
-    )
-    pretrain.pretrain(model, examples, given.steps, given.learning_rate)
-    pretrain.save(model, tokenizer, given.out)
-    train = toys.draw_rows(toy, 1, TRAIN, held_out=False)
-    test = toys.draw_rows(toy, 2, TEST, held_out=True)
-    for name, rows in {"train.jsonl": train, "test.jsonl": test}.items():
-        with smepo.replacing(given.out / name) as new:
-            new.write_bytes(toys.to_jsonl(rows))
+    examples = pretrain.batches(sys.modules[__name__], tokenizer, random.Random(0), size=16)
+    pretrain.pretrain(model, examples, given.steps, learning_rate=3e-5)
+    model.save_pretrained(given.out)
+    tokenizer.save_pretrained(given.out)
+    train = toys.draw_rows(toy, 1, {2: 300, 3: 300}, held_out=False)
+    test = toys.draw_rows(toy, 2, {2: 60, 3: 60}, held_out=True)
+    (given.out / "train.jsonl").write_bytes(toys.to_jsonl(train))
+    (given.out / "test.jsonl").write_bytes(toys.to_jsonl(test))
 
 
 if __name__ == "__main__":
