@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -118,15 +118,24 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
+def steps_done(folders: list[Path]) -> int:
+    logs = [folder / "metrics.jsonl" for folder in folders]
+    return sum(len(smepo.read_records(log)[1:]) for log in logs if log.exists())
+
+
 def run_all(configs: dict[Path, tuple], jobs: int) -> None:
     """Run what has no result yet, `jobs` at a time."""
     todo = [folder for folder in configs if not (folder / "result.json").exists()]
+    steps = sum(configs[folder][1].steps for folder in todo)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
-        runs = [pool.submit(run_one, folder, *configs[folder]) for folder in todo]
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool, tqdm(total=steps) as bar:
+        waiting = {pool.submit(run_one, folder, *configs[folder]) for folder in todo}
         try:
-            for run in tqdm(as_completed(runs), desc="runs", total=len(runs)):
-                run.result()  # raises what the run raised
+            while waiting:
+                done, waiting = wait(waiting, timeout=1)
+                bar.update(steps_done(todo) - bar.n)
+                for run in done:
+                    run.result()  # raises what the run raised
         except BaseException:  # Ctrl-C, too
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -157,11 +166,13 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--arms", type=list_of_arms, default="grpo,full,smepo,fade", help=f"of {', '.join(ARMS)}")
     add("--seeds", type=list_of_seeds, default="5", help="5 is 1 to 5; 3-7 is 3 to 7")
+    add("--quick", action="store_true", help="one seed")
     add("--rates", type=list_of_rates, help="learning rates to try in every arm: 1e-4,2e-4")
     add("--points", type=toys.at_least_1, default=10, help="evaluations on the way")
     add("--jobs", type=toys.at_least_1, default=os.cpu_count(), help="runs at a time")
     add("--out", type=Path, default=Path("runs", "compare"), help="the folder to write")
     given, flags = parser.parse_known_args(arguments)
+    given.seeds = [1] if given.quick else given.seeds
     configs = configs_of(given, flags)
     for folder, (_, config) in configs.items():
         if (folder / "config.json").exists():
