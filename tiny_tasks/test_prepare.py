@@ -87,7 +87,7 @@ def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
 
 
 REFUSED = [  # the content of a file, its name and the flags, and the message
-    (None, "none.jsonl", "no such file"),
+    (None, "none.jsonl", "No such file"),
     ("", "empty.jsonl", "has no rows"),
     ('{"question": ', "torn.jsonl", "cannot be read"),
     ("[1]", "list.jsonl", "objects"),
@@ -102,7 +102,7 @@ REFUSED = [  # the content of a file, its name and the flags, and the message
     (json.dumps(MATH), "good.jsonl --out good.jsonl", "would be overwritten"),
     (json.dumps(MATH), "good.jsonl --columns colour=red", "--columns colour"),
     (json.dumps(MATH), "good.jsonl --columns answer=anser", "no such column"),
-    (json.dumps(MATH), "good.jsonl --nonsense", "unknown flag"),
+    (json.dumps(MATH), "good.jsonl --nonsense", "unrecognized arguments"),
     (json.dumps(MATH), "good.jsonl --max_chars 0", "max_chars"),
 ]
 
