@@ -67,47 +67,37 @@ def test_a_pipe_of_windows_may_know_few_signs(monkeypatch):
 
 
 def test_mask_of_a_file_counts_leaks_spans_and_text_of_every_arm_by_hand(tmp_path, capsys):
-    lines = [
-        GOOD | {"teacher_ds": "a 5", "reward_model": {"ground_truth": "5"}},
-        GOOD | {"teacher_ds": "b 6 7\nc", "reward_model": {"ground_truth": "8"}},
-    ]
-    mask.main(["--data", write_rows(tmp_path / "two.jsonl", lines)])
+    first = GOOD | {"teacher_ds": "a 5", "reward_model": {"ground_truth": "5"}}
+    second = GOOD | {"teacher_ds": "b 6 7\nc", "reward_model": {"ground_truth": "8"}}
+    mask.main(["--data", write_rows(tmp_path / "two.jsonl", [first, second])])
     out = capsys.readouterr().out.splitlines()
-    table = {line.split()[0]: line.split()[1:] for line in out[-4:]}
-    table = {name: [float(cell) for cell in cells] for name, cells in table.items()}
+    table = {name: [*map(float, cells)] for name, *cells in map(str.split, out[-4:])}
     assert table["full"] == [0.5, 0, 1]
     assert table["semantic"] == [0, 1.5, round((2 / 3 + 5 / 7) / 2, 3)]
     assert table["random"][1] == 1.5 and table["random"][2] == table["semantic"][2]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--trace", "none.txt"], "none.txt"),
-        (["--colour"], "unrecognized arguments: --colour"),
-        (["--data", "bare.jsonl"], "bare.jsonl has no rows"),
-        (["--trace", "empty.txt"], "empty.txt is empty"),
-        (["--trace", "empty.txt", "--data", "x"], "not allowed with"),
-    ],
-)
-def test_mask_refuses_bad_input_in_one_line(tmp_path, capsys, arguments, message):
-    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
-    (tmp_path / "bare.jsonl").touch()
-    assert message in refused(capsys, mask.main, *arguments)
+def test_mask_refuses_bad_input_in_one_line(capsys):
+    Path("empty.txt").write_text(" \n", encoding="utf-8")
+    Path("bare.jsonl").touch()
+    assert "none.txt" in refused(capsys, mask.main, "--trace", "none.txt")
+    assert "arguments: --colour" in refused(capsys, mask.main, "--colour")
+    assert "bare.jsonl has no rows" in refused(capsys, mask.main, "--data", "bare.jsonl")
+    assert "empty.txt is empty" in refused(capsys, mask.main, "--trace", "empty.txt")
+    assert "not allowed with" in refused(capsys, mask.main, "--trace", "empty.txt", "--data", "x")
 
 
 # ---- export, and TRL on it -----------------------------------------------------------------------
 
 
-def exported(data: str, *arguments: str) -> list[dict]:
-    export.main(["--data", data, "--out", "out.jsonl", *arguments])
+def exported(records: list[dict], *arguments: str) -> list[dict]:
+    write_rows("rows.jsonl", records)
+    export.main(["--data", "rows.jsonl", "--out", "out.jsonl", *arguments])
     return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_export_for_trl_has_the_guide_as_an_earlier_assistant_turn(tmp_path, capsys, base):
-    data = write_rows(tmp_path / "rows.jsonl", rows("train", 16))
-    written = exported(data, "--format", "trl")
-    assert "16 of 16 rows; 0 guides leak" in capsys.readouterr().out
+def test_export_for_trl_has_the_guide_as_an_earlier_assistant_turn(base):
+    written = exported(rows("train", 16), "--format", "trl")
     for row, source in zip(written, rows("train", 16), strict=True):
         assert row["ground_truth"] == source["reward_model"]["ground_truth"]
         assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant"]
@@ -117,9 +107,8 @@ def test_export_for_trl_has_the_guide_as_an_earlier_assistant_turn(tmp_path, cap
         assert base[1].apply_chat_template(row["prompt"], **settings) == prompt
 
 
-def test_export_for_verl_has_its_columns_and_loses_no_row(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", rows("train", 16))
-    written = exported(data, "--format", "verl", "--system", "Think.")
+def test_export_for_verl_has_its_columns_and_loses_no_row():
+    written = exported(rows("train", 16), "--format", "verl", "--system", "Think.")
     for i, (row, source) in enumerate(zip(written, rows("train", 16), strict=True)):
         assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
         assert row["prompt"][0] == {"role": "system", "content": "Think."}
@@ -128,31 +117,32 @@ def test_export_for_verl_has_its_columns_and_loses_no_row(tmp_path):
         assert row["extra_info"]["teacher_ds"] == source["teacher_ds"]
 
 
-def test_export_drops_or_keeps_what_leaks_and_counts_it(tmp_path, capsys):
+def test_export_drops_or_keeps_what_leaks_and_counts_it(capsys):
     bare = dict(GOOD, question="Compute 2 + 1", reward_model={"style": "rule", "ground_truth": "3"})
-    data = write_rows(tmp_path / "leaky.jsonl", [GOOD, bare])  # 3 is not in the second's trace
     full = ["--format", "trl", "--guide", "full"]
-    assert len(exported(data, *full)) == 1
+    assert len(exported([GOOD, bare], *full)) == 1  # 3 is not in the second's trace
     assert "1 of 2 rows; 1 guides leak the answer (leak rate 0.500)" in capsys.readouterr().out
-    assert len(exported(data, *full, "--leaks", "keep")) == 2
-    before = Path("out.jsonl").read_bytes()
-    data = write_rows(tmp_path / "all.jsonl", [GOOD])
-    again = [*full, "--data", data, "--out"]
-    assert "all 1 guides leak" in refused(capsys, export.main, *again, "out.jsonl")
-    assert Path("out.jsonl").read_bytes() == before
-    assert ".jsonl or .parquet" in refused(capsys, export.main, *again, "guided.txt")
-    assert "would be overwritten" in refused(capsys, export.main, *again, data)
-    folder = [*full, "--data", str(tmp_path), "--out", data]  # it trains on every train*.jsonl
-    assert "would be overwritten" in refused(capsys, export.main, *folder)
-    assert "required: --format" in refused(capsys, export.main, "--out", "out.jsonl")
-    assert "--what is no flag of it" in refused(capsys, export.main, *again, "out.jsonl", "--what")
+    assert len(exported([GOOD, bare], *full, "--leaks", "keep")) == 2
+
+
+def test_export_refuses_bad_input_in_one_line_and_overwrites_nothing(capsys):
+    Path("out.jsonl").touch()
+    write_rows("train.jsonl", [GOOD])
+    full = "--format trl --guide full --data train.jsonl --out".split()
+    assert "all 1 guides leak" in refused(capsys, export.main, *full, "out.jsonl")
+    assert not Path("out.jsonl").read_bytes()
+    assert ".jsonl or .parquet" in refused(capsys, export.main, *full, "guided.txt")
+    for data in "train.jsonl", ".":  # of a folder it trains on every train*.jsonl
+        flags = [*full, "train.jsonl", "--data", data]
+        assert "would be overwritten" in refused(capsys, export.main, *flags)
+    assert "--what is no flag of it" in refused(capsys, export.main, *full, "out.jsonl", "--what")
 
 
 def trl_script(folder: Path) -> Path:
     """The script of tiny_tasks/README.md, in a folder with what it reads."""
+    pytest.importorskip("trl")
     page = (TASKS / "README.md").read_text(encoding="utf-8")
     script = re.search(r'```python\n("""SMEPO on TRL.*?)```', page, re.DOTALL)[1]
-    assert len(script.splitlines()) <= 50
     (folder / "train_trl.py").write_text(script, encoding="utf-8")
     shutil.copytree(TASKS / "arithmetic/base", folder / "tiny_tasks/arithmetic/base")
     data = write_rows(folder / "rows.jsonl", rows("train", 64))
@@ -162,13 +152,12 @@ def trl_script(folder: Path) -> Path:
 
 
 def test_the_trl_script_of_the_readme_trains_in_two_processes(tmp_path):
-    pytest.importorskip("trl")
     script = trl_script(tmp_path)
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+    environment |= {"PYTHONPATH": str(ROOT)}
     torchrun = "torch.distributed.run --standalone --nproc_per_node 2".split()
     command = [sys.executable, "-m", *torchrun, script.name]
-    settings = {"cwd": tmp_path, "env": environment, "timeout": 300}
+    settings = {"cwd": tmp_path, "env": os.environ | environment, "timeout": 300}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = re.findall(r"'reward': '([\d.]+)'", done.stdout)
@@ -177,7 +166,6 @@ def test_the_trl_script_of_the_readme_trains_in_two_processes(tmp_path):
 
 def test_trl_agrees_with_us_on_the_same_rollouts(tmp_path, base, monkeypatch):
     """Its advantages, loss and gradient of the first step (its epsilon is 1e-4, ours 1e-6)."""
-    pytest.importorskip("trl")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     script = trl_script(tmp_path).read_text(encoding="utf-8").replace("max_steps=10", "max_steps=1")
     names = {"__name__": "train_trl"}
@@ -219,31 +207,23 @@ def test_trl_agrees_with_us_on_the_same_rollouts(tmp_path, base, monkeypatch):
 # ---- compare -------------------------------------------------------------------------------------
 
 
-def fake(arm: str, seed: int, accuracies: list[float], seconds: float) -> dict:
+def fake(arm: str, accuracies: list[float], seconds: float) -> dict:
     """What a run with 2 steps between points, of `seconds` each, would leave."""
-    points = []
-    for i, accuracy in enumerate(accuracies):
-        point = {"step": 2 * i, "seconds": 2 * i * seconds, "5": accuracy / 2, "mean": accuracy}
-        points.append(point)
-    result = {"arm": arm, "seed": seed, "points": points, "learning_rate": 2e-4, "reward": 0.5}
-    final = {"5": accuracies[-1] / 2, "mean": accuracies[-1]}
-    return result | {"final": final, "leak_rate": 0.0, "hint_reliance": 1.0}
+    points = [{"5": accuracy / 2, "mean": accuracy} for accuracy in accuracies]
+    result = {"arm": arm, "seed": 1, "final": points[-1], "reward": 0.5}
+    points = [{"seconds": 2 * i * seconds} | point for i, point in enumerate(points)]
+    return result | {"points": points, "leak_rate": 0.0, "hint_reliance": 1.0}
 
 
-def test_speed_is_told_of_every_seed_by_hand():
-    grpo = fake("grpo", 1, [0.2, 0.3, 0.4], 1.0)
+def test_speed_and_equal_seconds_are_told_by_hand():
+    grpo = fake("grpo", [0.2, 0.3, 0.4], 1.0)  # it ends after 4 s
     # 1 s for what took GRPO 4; a seed that never gets there; one that has it late
-    assert tables.times_faster(fake("smepo", 1, [0.2, 0.45, 0.5], 0.5), grpo) == 4.0
-    assert tables.times_faster(fake("smepo", 1, [0.2, 0.3, 0.3], 0.5), grpo) is None
-    assert tables.times_faster(fake("full", 1, [0.2, 0.4, 0.4], 4.0), grpo) == 0.5
-
-
-def test_equal_seconds_by_hand():
-    grpo = fake("grpo", 1, [0.2, 0.3, 0.4], 1.0)  # it ends after 4 s
-    slow = fake("smepo", 1, [0.2, 0.6, 0.7], 1.5)  # measured after 3 and 6 s
+    assert tables.times_faster(fake("smepo", [0.2, 0.45, 0.5], 0.5), grpo) == 4.0
+    assert tables.times_faster(fake("smepo", [0.2, 0.3, 0.3], 0.5), grpo) is None
+    assert tables.times_faster(fake("full", [0.2, 0.4, 0.4], 4.0), grpo) == 0.5
+    slow = fake("smepo", [0.2, 0.6, 0.7], 1.5)  # measured after 3 and 6 s
     assert tables.when_grpo_ends(slow, grpo)["mean"] == 0.6
-    text = tables.summary([grpo, slow])
-    assert "| smepo | 0.300 | 0.600 | 1.3 | 1.3 |" in text  # 4 s against 3
+    assert "| smepo | 0.300 | 0.600 | 1.3 | 1.3 |" in tables.summary([grpo, slow])  # 4 s against 3
 
 
 def test_compare_trains_measures_resumes_and_refuses_other_settings(tmp_path, capsys):
@@ -254,7 +234,6 @@ def test_compare_trains_measures_resumes_and_refuses_other_settings(tmp_path, ca
     compare.main(arguments)
     shown = capsys.readouterr().out
     assert "| grpo | 1 |" in shown and "| fade | 1 |" in shown
-    assert max(map(len, shown.splitlines())) <= 110
     result = json.loads(Path("c/runs/arithmetic-fade-0.0004-2-3/result.json").read_text("utf-8"))
     assert [point["step"] for point in result["points"]] == [0, 2]
     assert (result["arm"], result["seed"]) == ("fade", 3)
@@ -274,13 +253,11 @@ def test_what_is_shipped_is_what_the_seed_makes_without_a_problem_twice():
     for task in toys.TASKS:
         for path, content in make_tasks.files_of(task, 0).items():
             assert path.read_bytes() == content
-        questions = [
-            row["question"] for row in rows("train", None, task) + rows("test", None, task)
-        ]
-        assert len(questions) == len(set(questions))
+        shipped = rows("train", task=task) + rows("test", task=task)
+        assert len(shipped) == len({row["question"] for row in shipped})
         pretrain.make_tokenizer(toys.find(task)).save_pretrained("made")
-        shipped = TASKS / task / "base" / "tokenizer.json"
-        assert Path("made", "tokenizer.json").read_bytes() == shipped.read_bytes()
+        tokenizers = Path("made"), TASKS / task / "base"
+        assert len({(path / "tokenizer.json").read_bytes() for path in tokenizers}) == 1
 
 
 def test_pretrain_makes_a_base_that_loads_and_leaves_what_lay_there(capsys, monkeypatch):

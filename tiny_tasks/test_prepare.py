@@ -1,6 +1,5 @@
 """Other data sets become the one schema; and the two domains that stand beside math."""
 
-import csv
 import gzip
 import json
 from pathlib import Path
@@ -15,25 +14,25 @@ from tiny_tasks.fixtures import settings
 GSM8K = {"question": "Two and 70?", "answer": "Add: 2 + 70 = <<2+70=72>>72.\n#### 72"}
 MATH = {"problem": "Halve 1.", "level": "Level 3", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
 OPENR1 = {"problem": "Halve 1.", "solution": "So.", "answer": "0.5", "generations": ["No."]}
-TRL = {
-    "prompt": [{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}],
-    "solution": "It is 2.",
-    "ground_truth": "2",
-}
+TRL = {"prompt": [{"content": [{"text": "1 + 1?"}]}], "solution": "It is 2.", "ground_truth": "2"}
 AIME = {"problem": "How many?", "answer": "204"}
-OFFICIAL = {
-    "prompt": [{"role": "user", "content": "Not this."}],
-    "reward_model": {"style": "rule", "ground_truth": "7"},
-    "extra_info": {"question": "Six and one?", "teacher_ds": "6 + 1 = 7", "index": 3},
-}
+OFFICIAL = {"prompt": "Not this.", "reward_model": {"ground_truth": "7"}}
+OFFICIAL["extra_info"] = {"question": "Six and one?", "teacher_ds": "6 + 1 = 7"}
+KNOWN = [  # and what becomes of them
+    (GSM8K, ("Two and 70?", GSM8K["answer"], "72", None)),
+    (MATH, ("Halve 1.", MATH["solution"], r"\frac{1}{2}", "3")),
+    (OPENR1, ("Halve 1.", "So.", "0.5", None)),
+    (TRL, ("1 + 1?", "It is 2.", "2", None)),
+    (AIME, ("How many?", "", "204", None)),
+    (OFFICIAL, ("Six and one?", "6 + 1 = 7", "7", None)),
+]
 
 
 def prepared(source, *flags: str) -> list[tuple]:
     """(question, trace, answer, difficulty) of each row that is written."""
     prepare.main([str(source), "--out", "out.jsonl", *flags])
-    rows = smepo.read_records(Path("out.jsonl"))
     found = []
-    for row in rows:
+    for row in smepo.read_records(Path("out.jsonl")):
         truth = row["reward_model"]["ground_truth"]
         found.append((row["question"], row["teacher_ds"], truth, row.get("difficulty")))
     return found
@@ -44,18 +43,7 @@ def write(name: str, text: str) -> str:
     return name
 
 
-@pytest.mark.parametrize(
-    "row, expected",
-    [
-        (GSM8K, ("Two and 70?", GSM8K["answer"], "72", None)),
-        (MATH, ("Halve 1.", MATH["solution"], r"\frac{1}{2}", "3")),
-        (OPENR1, ("Halve 1.", "So.", "0.5", None)),
-        (TRL, ("1 + 1?", "It is 2.", "2", None)),
-        (AIME, ("How many?", "", "204", None)),
-        (OFFICIAL, ("Six and one?", "6 + 1 = 7", "7", None)),
-    ],
-    ids="GSM8K MATH OpenR1 TRL AIME official".split(),
-)
+@pytest.mark.parametrize("row, expected", KNOWN)
 def test_known_data_sets_train_after_it(row, expected, capsys):
     source = write("rows.jsonl", json.dumps(row) + "\n\n" + json.dumps(row))
     assert prepared(source) == [expected] * 2
@@ -65,29 +53,19 @@ def test_known_data_sets_train_after_it(row, expected, capsys):
     assert (p.question, p.trace, p.answer) == expected[:3]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "parquet", "folder"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "parquet"])
 def test_every_kind_of_file_keeps_its_values_as_they_are(kind):
     answers = ["2001-03-01", "007", "9223372036854775808", "1.10"]
-    rows = [{"question": f"{i}?", "solution": "So.", "answer": a} for i, a in enumerate(answers)]
+    rows = [{"question": "1?", "answer": answer} for answer in answers]
     lines = "\n".join(map(json.dumps, rows)).replace('"1.10"', "1.10")  # a number in JSON
-    name = f"rows.{kind}"
-    if kind == "jsonl":
-        write(name, "\ufeff" + lines)  # with a byte order mark
-    elif kind == "json":
-        write(name, f"[{lines.replace(chr(10), ',')}]")
-    elif kind in ("csv", "tsv"):
-        with open(name, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif kind == "jsonl.gz":
-        Path(name).write_bytes(gzip.compress(lines.encode()))
-    elif kind == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet(name)
-    else:
-        Path(name).mkdir()
-        write(f"{name}/train.jsonl", lines)
-    assert [row[2] for row in prepared(name)] == answers
+    cells = "\n".join(["question,answer", *(f"1?,{answer}" for answer in answers)])
+    write("rows.jsonl", "\ufeff" + lines)  # with a byte order mark
+    write("rows.json", "[" + lines.replace("\n", ",") + "]")
+    write("rows.csv", cells)
+    write("rows.tsv", cells.replace(",", "\t"))
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
+    assert [row[2] for row in prepared(f"rows.{kind}")] == answers
 
 
 def test_columns_may_be_named_and_nested():
@@ -98,9 +76,8 @@ def test_columns_may_be_named_and_nested():
 
 
 def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
-    rows = [MATH | {"problem": ""}, MATH | {"solution": "So."}, MATH, MATH, MATH]
-    rows[4] = MATH | {"problem": "x" * 9000}
-    source = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    changes = {"problem": ""}, {"solution": "So."}, {}, {}, {"problem": "x" * 9000}
+    source = write("rows.jsonl", "\n".join(json.dumps(MATH | change) for change in changes))
     with pytest.raises(smepo.UserError, match="row 1 has no question"):
         prepared(source)
     assert not Path("out.jsonl").exists()
@@ -109,64 +86,52 @@ def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
     assert "no question: 1" in out and "no answer: 1" in out and "too long: 1" in out
 
 
-BROKEN = {
-    "none.jsonl": (None, "no such file"),
-    "empty.jsonl": ("", "has no rows"),
-    "torn.jsonl": ('{"question": ', "cannot be read"),
-    "list.jsonl": ("[1]", "objects"),
-    "object.json": ('{"question": "x"}', "objects"),
-    "ragged.csv": ("question,answer\n1,2,3\n", "cells"),
-    "short.csv": ("question,answer\n1\n", "cells"),
-    "other.jsonl": ('{"text": "x"}', "no column holds the question"),
-    "bare.jsonl": ('{"question": "x"}', "row 1 has no answer"),
-    "null.jsonl": ('{"question": null, "answer": "1"}', "no column holds the question"),
-    "rows.txt": ("x", "must be .jsonl"),
-    "latin.jsonl": ('{"question": "é"}'.encode("latin-1"), "cannot be read"),
-    "rows.jsonl.gz": ("no gzip", "gzip"),
-}
+REFUSED = [  # the content of a file, its name and the flags, and the message
+    (None, "none.jsonl", "no such file"),
+    ("", "empty.jsonl", "has no rows"),
+    ('{"question": ', "torn.jsonl", "cannot be read"),
+    ("[1]", "list.jsonl", "objects"),
+    ('{"question": "x"}', "object.json", "objects"),
+    ("question,answer\n1,2,3\n", "ragged.csv", "cells"),
+    ("question,answer\n1\n", "short.csv", "cells"),
+    ('{"question": null, "answer": "1"}', "null.jsonl", "no column holds the question"),
+    ("x", "rows.txt", "must be .jsonl"),
+    ('{"question": "é"}'.encode("latin-1"), "latin.jsonl", "cannot be read"),
+    ("no gzip", "rows.jsonl.gz", "gzip"),
+    (json.dumps(MATH), "good.jsonl --out out.txt", "must be a .jsonl file"),
+    (json.dumps(MATH), "good.jsonl --out good.jsonl", "would be overwritten"),
+    (json.dumps(MATH), "good.jsonl --columns colour=red", "--columns colour"),
+    (json.dumps(MATH), "good.jsonl --columns answer=anser", "no such column"),
+    (json.dumps(MATH), "good.jsonl --nonsense", "unknown flag"),
+    (json.dumps(MATH), "good.jsonl --max_chars 0", "max_chars"),
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_sources_are_refused_in_one_line_and_nothing_is_written(name, capsys):
-    content, message = BROKEN[name]
+@pytest.mark.parametrize("content, command, message", REFUSED)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(content, command, message, capsys):
+    path, *flags = command.split()
     if content is not None:
-        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert toys.command(lambda: prepare.main([name, "--out", "out.jsonl"])) == 2
+        content = content if isinstance(content, bytes) else content.encode()
+        Path(path).write_bytes(content)
+    assert toys.command(lambda: prepare.main([path, "--out", "out.jsonl", *flags])) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not Path("out.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--out out.txt", ".jsonl"),
-        ("--out rows.jsonl", "would be overwritten"),
-        ("--out out.jsonl --columns colour=red", "--columns colour"),
-        ("--out out.jsonl --columns answer=anser", "no such column"),
-        ("--out out.jsonl --nonsense", "unknown flag"),
-        ("--out out.jsonl --max_chars 0", "max_chars"),
-    ],
-)
-def test_bad_flags_are_refused_in_one_line(flags, message, capsys):
-    before = write("rows.jsonl", json.dumps(MATH))
-    assert toys.command(lambda: prepare.main(["rows.jsonl", *flags.split()])) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and json.loads(Path(before).read_text("utf-8")) == MATH
+    assert message in line
+    assert [file.read_bytes() for file in Path.cwd().iterdir()] == [content] * Path(path).exists()
 
 
 @pytest.mark.parametrize(
     "text, truth, expected",
     [
         (r"\boxed{5\text{ K}}", "5", 1.0),
-        (r"\boxed{\frac{1}{-2}}", "-1/2", 1.0),
         (r"\boxed{\{3, 2\}}", r"\{2,3\}", 1.0),
-        (r"\boxed{x \le 5}", r"x \leq 5", 1.0),
         (r"\boxed{[1, 3)}", "[1,3)", 1.0),
-        (r"\boxed{[1, 3]}", "[1,3)", 0.0),
         (r"\boxed{x = 2 + 3 = 5}", "5", 1.0),
         (r"\boxed{2(x+1)}", "2x+2", 1.0),
         (r"\boxed{5 < x}", "5", 0.0),
         (r"\boxed{}", "", 0.0),
+        (r"\boxed{9^{9^{9}}}", "5", 0.0),  # it has no end
+        ("I tried 3 and 5.", "5", 0.0),
+        ("<answer>5</answer>", "5", 1.0),
     ],
 )
 def test_math_verify_knows_what_math_does_not(text, truth, expected):
@@ -195,10 +160,3 @@ def test_an_answer_that_is_worked_out_is_read_and_a_named_column_is_taken_once()
     assert prepared(source)[0][2] == "204"
     source = write("b.jsonl", json.dumps({"question": "1?", "solution": "2"}))
     assert prepared(source, "--columns", "answer=solution") == [("1?", "", "2", None)]
-
-
-def test_math_verify_ends_and_reads_the_stated_answer_alone():
-    pytest.importorskip("math_verify")
-    reward = smepo.find_domain("tiny_tasks.math_verify").rewards
-    texts = [r"\boxed{9^{9^{9}}}", "I tried 3 and 5.", "<answer>5</answer>"]
-    assert reward(texts, ["5"] * 3) == [0.0, 0.0, 1.0]

@@ -28,19 +28,19 @@ def table_of(step: show.Step, title: str) -> list[list]:
     return section.table[1:]
 
 
-def printed(capsys, step: show.Step, monkeypatch, *arguments: str) -> str:
-    monkeypatch.setattr(show, "take_step", lambda config: step)
-    capsys.readouterr()
-    show.main(list(arguments))
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("task", toys.TASKS)
-def test_the_text_fits_100_columns_and_marks_on_a_pipe_too(steps, task, monkeypatch, capsys):
-    out = printed(capsys, steps[task], monkeypatch)
+def test_the_text_fits_100_columns_and_marks_on_a_pipe_and_the_page(
+    steps, task, monkeypatch, capsys
+):
+    monkeypatch.setattr(show, "take_step", lambda config: steps[task])
+    show.main(["--html", "page.html"])
+    out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert "«[" in out and "««" not in out and "\033" not in out
     assert steps[task].rollouts[0].problem.question in " ".join(out.split())
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "The page is page.html" in out and "<h1>" in page and "context    c" in page
+    assert "<b class=" in page and "<script" not in page
 
 
 @pytest.mark.parametrize("task", toys.TASKS)
@@ -50,9 +50,8 @@ def test_advantages_are_told_from_the_rewards_and_sum_to_0(steps, task):
     table = table_of(step, "a group")
     assert [row[1] for row in table] == rewards
     assert [row[3] for row in table] == smepo.group_advantages(rewards, 8).tolist()
-    assert (
-        sum(row[2] for row in table) == 0 == pytest.approx(sum(row[3] for row in table), abs=1e-5)
-    )
+    assert sum(row[2] for row in table) == 0
+    assert sum(row[3] for row in table) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_shares_sum_to_the_loss_of_the_rollout_after_the_step(steps):
@@ -79,23 +78,13 @@ def test_the_bare_question_gives_another_probability(steps, base):
     assert abs(guided - step.bare) > 0.1
 
 
-def test_a_full_trace_shows_its_slide_and_no_gradient(tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", rows("train", 400)[-2:])
-    show.main(["--guide", "full", "--data", data, "--test_data", data, "--device", "cpu"])
+def test_a_full_trace_shows_its_slide_and_no_guide_no_sentence_about_guides(capsys):
+    data = write_rows("rows.jsonl", rows("train", 12))
+    flags = ["--data", data, "--test_data", data, "--device", "cpu"]
+    show.main(["--guide", "full", *flags])
     out = capsys.readouterr().out
     assert "the 8 rewards is 1;" in out and "all A are 0: no gradient" in out
-
-
-def test_without_a_guide_no_sentence_is_about_guides(capsys):
-    data = write_rows("rows.jsonl", rows("train", 12))
-    flags = ["--guide", "none", "--data", data, "--test_data", data, "--device", "cpu"]
-    show.main([*flags, "--html", "page.html"])
+    assert "nothing to teach" not in out
+    show.main(["--guide", "none", *flags, "--html", "page.html"])
     for text in capsys.readouterr().out, Path("page.html").read_text(encoding="utf-8"):
         assert "guide" not in text.lower() and "Trace t" not in text
-
-
-def test_the_page_has_a_heading_the_equations_and_says_where_it_is(steps, monkeypatch, capsys):
-    out = printed(capsys, steps["code"], monkeypatch, "--html", "page.html")
-    page = Path("page.html").read_text(encoding="utf-8")
-    assert "The page is page.html" in out and "<h1>" in page and "context    c" in page
-    assert "<b class=" in page and "<script" not in page

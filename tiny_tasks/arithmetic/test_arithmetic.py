@@ -1,10 +1,10 @@
 """The task arithmetic, its base, and what smepo.py does with a trained base."""
 
-import doctest
 import json
 import random
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -14,20 +14,13 @@ from tiny_tasks import pretrain, toys
 from tiny_tasks.arithmetic import toy
 from tiny_tasks.fixtures import ROOT, problem, rows, run, saved, settings
 
-# ---- The task ------------------------------------------------------------------------------------
-
-
-def test_the_examples_in_the_docstrings_hold():
-    results = doctest.testmod(toy)
-    assert results.failed == 0 and results.attempted > 0
-
 
 def test_no_test_problem_is_trained_or_pretrained_on():
-    train, test = ({row["question"] for row in rows(split)} for split in ("train", "test"))
     rng = random.Random(1)
-    pretraining = {toy.draw_example(rng)[0] for _ in range(3000)}
-    assert all(toys.is_held_out(question) for question in test)
-    assert not any(toys.is_held_out(question) for question in train | pretraining)
+    seen = [row["question"] for row in rows("train")]
+    seen += [toy.draw_example(rng)[0] for _ in range(3000)]
+    assert all(toys.is_held_out(row["question"]) for row in rows("test"))
+    assert not any(map(toys.is_held_out, seen))
 
 
 def test_shipped_traces_are_right_and_mask_without_a_leak():
@@ -38,15 +31,6 @@ def test_shipped_traces_are_right_and_mask_without_a_leak():
         masked = smepo.mask_trace(trace, "math", value)
         assert masked == re.sub(r"\d+(?!:)", "[NUMBER]", trace)
         assert not smepo.leaks(masked, value, "math")
-
-
-def test_the_tokenizer_round_trips_every_row(base):
-    tokenizer = base[1]
-    for row in rows("test")[::5]:
-        trace = row["teacher_ds"]
-        for text in (row["question"], trace, smepo.mask_trace(trace, "math")):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
 
 
 def test_altered_traces_are_wrong_in_every_result_but_look_like_the_expert_s():
@@ -74,9 +58,8 @@ def test_calibration_of_the_shipped_base(base):
 def test_generation_settings_of_the_model_folder_do_not_reach_the_rollouts(base, tmp_path):
     """A folder that recommends greedy, top-k or penalties samples like one that does not."""
     path = Path(saved(tmp_path / "hostile", *base))
-    hostile = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "min_p": 0.9}
-    hostile |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_new_tokens": 1}
-    hostile |= {"suppress_tokens": [*range(6, 60)], "eos_token_id": [2], "typical_p": 0.1}
+    hostile = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.01}
+    hostile |= {"repetition_penalty": 5.0, "max_new_tokens": 1, "suppress_tokens": [*range(6, 60)]}
     (path / "generation_config.json").write_text(json.dumps(hostile), "utf-8")
     model, tokenizer = smepo.load_model(path, settings())
     samples = []
@@ -95,8 +78,7 @@ def test_several_eos_ids_of_the_model_folder_all_end_a_completion(base, tmp_path
     model, tokenizer = smepo.load_model(path, settings())
     assert model.generation_config.eos_token_id == sorted([tokenizer.eos_token_id, newline])
     rollouts = smepo.rollout(model, tokenizer, [problem(base)] * 8, [True] * 8, settings())
-    assert all(r.ids[-1] == newline and newline not in r.ids[:-1] for r in rollouts)
-    assert all(r.ended for r in rollouts)
+    assert all(r.ended and r.ids.index(newline) == len(r.ids) - 1 for r in rollouts)
 
 
 def test_the_plain_command_runs_from_any_folder(tmp_path):
@@ -108,16 +90,11 @@ def test_the_plain_command_runs_from_any_folder(tmp_path):
 
 
 def test_long_calls_are_split_and_completions_cut_at_the_limit(base, monkeypatch):
-    model, calls, generate = base[0], [], base[0].generate
-
-    def spy(ids, settings, **inputs):
-        calls.append(len(ids))
-        return generate(ids, settings, **inputs)
-
-    monkeypatch.setattr(model, "generate", spy)
+    spy = Mock(wraps=base[0].generate)
+    monkeypatch.setattr(base[0], "generate", spy)
     config = settings(generate_batch=8, max_new_tokens=5)
     rollouts = smepo.rollout(*base, [problem(base)] * 20, [True] * 20, config)
-    assert calls == [8, 8, 4]
+    assert [len(call.args[0]) for call in spy.call_args_list] == [8, 8, 4]
     assert [len(r.ids) for r in rollouts] == [5] * 20
     assert not any(r.ended or r.reward for r in rollouts)
 

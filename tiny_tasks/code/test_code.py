@@ -8,20 +8,11 @@ import torch
 
 import smepo
 from tiny_tasks.code import domain
-from tiny_tasks.fixtures import masker_cases, rows, settings, write_rows
+from tiny_tasks.fixtures import rows, small
 
 
 def mask(text: str) -> str:
     return smepo.mask_trace(text, "code", "{}")
-
-
-@pytest.mark.parametrize("case", masker_cases("code"), ids=lambda case: case["id"])
-def test_masker_case(case):
-    masked = mask(case["text"])
-    assert [part for part in case["must_hide"] if part in masked] == []
-    assert [part for part in case["must_keep"] if part not in masked] == []
-    assert mask(masked) == masked
-    assert not smepo.leaks(masked, "{}", "code")
 
 
 @pytest.mark.parametrize("rule", domain.RULES, ids=lambda rule: rule[2])
@@ -31,39 +22,23 @@ def test_every_rule_acts_on_its_example(rule):
     assert (mask(example) == example) == (action == "keep")
 
 
-@pytest.mark.parametrize(
-    "text, masked",
-    [
-        ("Take `max(a)`, not `a`.", "Take `[CODE]`, not `a`."),
-        ("`dp[i]` with `O(n*m)`", "`[CODE]` with `O(n*m)`"),
-        ("~~~\nx\n~~~\nand\n```\ny", "~~~\n[CODE]\n~~~\nand\n```\n[CODE]"),
-        ("> ```\n> x = 1\n> ```\n> So.", "> ```\n> [CODE]\n> ```\n> So."),
-        ("- a\n  ```py\n  x\n  ```\n- b", "- a\n  ```py\n  [CODE]\n  ```\n- b"),
-        ("def f(x):\n    return x", "[CODE]"),
-        ("It is this:\nx = 1\nprint(x)\nx += 1\nThat is all.", "It is this:\n[CODE]\nThat is all."),
-        ("The sum is\n$$\nf(n)=f(n-1)+n\n$$", "The sum is\n$$\nf(n)=f(n-1)+n\n$$"),
-    ],
-)
-def test_mask(text, masked):
-    assert mask(text) == masked == mask(masked)
+MASKED = {
+    "def f(x):\n    return x": "[CODE]",
+    "It is this:\nx = 1\nprint(x)\nx += 1\nThat is all.": "It is this:\n[CODE]\nThat is all.",
+    "The sum is\n$$\nf(n)=f(n-1)+n\n$$": "The sum is\n$$\nf(n)=f(n-1)+n\n$$",
+}
 
 
-@pytest.mark.parametrize(
-    "text, leaky",
-    [
-        ("```\nx = 1\n```", True),
-        ("~~~\nx\n[CODE]", True),
-        ("so `a[i] + 1` it is", True),
-        ("x = input()", True),
-        ("for i in range(3):", True),
-        ("```python\n[CODE]\n```", False),
-        ("`[CODE]` in `O(n)`, by `str.join()`", False),
-        ("So we are done (see above).", False),
-        ("", False),
-    ],
-)
-def test_leaks(text, leaky):
-    assert smepo.leaks(text, "{}", "code") is leaky
+@pytest.mark.parametrize("text", MASKED)
+def test_without_a_fence_a_program_is_hidden_and_a_formula_is_not(text):
+    assert mask(text) == MASKED[text] == mask(MASKED[text])
+
+
+def test_leaks():
+    for text in "~~~\nx\n[CODE]", "so `a[i] + 1` it is", "x = input()", "for i in range(3):":
+        assert smepo.leaks(text, "{}", "code"), text
+    for text in "`[CODE]` in `O(n)`, by `str.join()`", "So we are done (see above).":
+        assert not smepo.leaks(text, "{}", "code"), text
 
 
 def test_shipped_traces_pass_their_tests_and_mask_without_a_leak():
@@ -72,7 +47,6 @@ def test_shipped_traces_pass_their_tests_and_mask_without_a_leak():
         assert smepo.reward(row["teacher_ds"], truth, "code") == 1.0
         masked = smepo.mask_trace(row["teacher_ds"], "code", truth)
         assert masked == re.sub(r"(?s)(```python\n).*(\n```)", r"\1[CODE]\2", row["teacher_ds"])
-        assert smepo.reward(masked, truth, "code") == 0.0
         assert not smepo.leaks(masked, truth, "code")
 
 
@@ -85,17 +59,19 @@ def test_the_last_block_counts_also_in_a_list():
     assert rewards == [1.0, 1.0, 0.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("truth", ["x", "{}", '{"inputs": ["1"]}', '{"inputs": [], "outputs": []}'])
-def test_tests_that_cannot_be_read_are_refused(truth):
-    with pytest.raises(smepo.UserError, match="ground truth of code"):
-        smepo.reward("```\nprint(1)\n```", truth, "code")
+def test_tests_that_cannot_be_read_are_refused():
+    truths = (
+        """x|[]|{"inputs": ["1"]}|{"inputs": [], "outputs": []}|{"inputs": [1], "outputs": [1]}"""
+    )
+    for truth in truths.split("|"):
+        with pytest.raises(smepo.UserError, match="ground truth of code"):
+            smepo.reward("```\nprint(1)\n```", truth, "code")
 
 
 def test_the_verdicts_reach_the_rollouts(tmp_path):
-    config = settings(task="code")
+    config = small(tmp_path, task="code")
     model, tokenizer = smepo.load_model(config.model, config)
-    path = write_rows(tmp_path / "rows.jsonl", rows("test", 12, "code"))
-    problems = smepo.load_problems(path, "semantic", tokenizer, config)
+    problems = smepo.load_problems(config.data, "semantic", tokenizer, config)
     torch.manual_seed(0)
     batch = [p for p in problems for _ in range(4)]
     rollouts = smepo.rollout(model, tokenizer, batch, [True] * 48, config)
