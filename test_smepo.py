@@ -494,7 +494,7 @@ def test_zero_variance_groups_move_nothing_and_cost_no_forward(fresh_base, monke
 
 def test_the_logged_loss_is_that_of_the_mini_batch(fresh_base):
     """However it was split: weighted by share, 0 at the first update, where the gradient is not."""
-    rollouts = make_group(fresh_base, [1.0, 0, 0, 0]) + make_group(fresh_base, [0.0, 1, 1, 1])
+    rollouts = make_group(fresh_base, [1.0, 0, 0, 0]) + make_group(fresh_base, [0.0, 0, 0, 1])
     for size in (1, 3, 100):
         stats = updated(fresh_base, rollouts, micro_batch=size)
         assert stats["loss"] == pytest.approx(0, abs=1e-6) and stats["grad_norm"] > 0.01
