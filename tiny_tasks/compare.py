@@ -29,13 +29,12 @@ ARMS = {
     "random": {"guide": "random"},
     "smepo": {},
     "on-failure": {"guide_when": "on-failure"},
-    "half": {"guide_when": "0.5"},
     "fade": {"guide_when": "fade"},
     "grpo+expert": {"guide": "none", "expert_coef": 0.1},
     "fade+expert": {"guide_when": "fade", "expert_coef": 0.1},
 }
 # The best of four rates, on seeds that no report uses, where it is not the default.
-RATES = {("arithmetic", arm): 4e-4 for arm in ("prefix", "smepo", "on-failure", "half", "fade")}
+RATES = {("arithmetic", arm): 4e-4 for arm in ("prefix", "smepo", "on-failure", "fade")}
 
 
 def configs_of(given, flags: list[str]) -> dict[Path, tuple]:
@@ -158,7 +157,7 @@ def list_of_arms(text: str) -> list[str]:
 
 
 def list_of_rates(text: str) -> list[float]:
-    return [float(rate) for rate in text.split(",")]
+    return list(map(float, text.split(",")))
 
 
 def main(arguments: list[str] | None = None) -> None:

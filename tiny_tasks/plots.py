@@ -1,11 +1,11 @@
 """Pictures, where matplotlib is installed: the curve of a run, and what compare draws of many."""
 
-import json
 from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
 
+import smepo
 from tiny_tasks.tables import by_arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; the dashes tell them apart in print.
@@ -16,7 +16,6 @@ STYLES = {
     "random": ("random mask", "#E69F00", "-."),
     "smepo": ("SMEPO", "#0072B2", "-"),
     "on-failure": ("SMEPO on failure", "#56B4E9", "-"),
-    "half": ("SMEPO, half of the problems", "#56B4E9", "-."),
     "fade": ("SMEPO, fading", "#009E73", "-"),
     "grpo+expert": ("GRPO + expert loss", "#999999", "-"),
     "fade+expert": ("fading + expert loss", "#999999", ":"),
@@ -25,8 +24,7 @@ STYLES = {
 
 def draw_run(folder: Path) -> None:
     """curve.png: training reward and unguided accuracy against steps."""
-    log = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    steps = [json.loads(line) for line in log.splitlines()]
+    steps = smepo.read_records(folder / "metrics.jsonl")
     points = [record for record in steps if "pass@1" in record]
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()

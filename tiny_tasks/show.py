@@ -122,8 +122,8 @@ def explain_prompt(step: Step) -> list[Section]:
     ]
     return [
         question,
-        Section("Trace t", ["Marked is what the reward hangs on."], [[trace]]),
-        Section(f"Guide {config.guide}: what is shown of t", [leak], [[mark(p.guide) or "-"]]),
+        Section("Trace", ["Marked is what the reward hangs on."], [[trace]]),
+        Section(f"Guide {config.guide}: what is shown of it", [leak], [[mark(p.guide) or "-"]]),
         Section("Prompt c", reads, [[prompt]]),
     ]
 
@@ -177,7 +177,6 @@ def explain_update(step: Step, i: int) -> Section:
         f"loss {step.stats['loss']:.1e}: about 0, as every ratio is 1 and the A sum to 0.",
         f"gradient norm {step.stats['grad_norm']:.3g}: that of the mean of -A log π is not 0.",
         f"AdamW takes one step. Rollout {i + 1} has A > 0: π / π_old should be above 1.",
-        "One that shares much with rollouts of the other sign may move against its own A.",
     ]
     return Section("The loss, its gradient, and the step", notes, table)
 

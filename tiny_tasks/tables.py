@@ -32,10 +32,8 @@ def mean_error(values: list[float | None], digits: int = 3) -> str:
 
 
 def by_arm(results: list[dict]) -> dict[str, list[dict]]:
-    arms: dict[str, list[dict]] = {}
-    for result in results:
-        arms.setdefault(result["arm"], []).append(result)
-    return arms
+    names = dict.fromkeys(result["arm"] for result in results)
+    return {name: [run for run in results if run["arm"] == name] for name in names}
 
 
 def summary(results: list[dict]) -> str:
