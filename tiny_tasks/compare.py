@@ -165,13 +165,14 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--arms", type=list_of_arms, default="grpo,full,smepo,fade", help=f"of {', '.join(ARMS)}")
     add("--seeds", type=list_of_seeds, default="5", help="5 is 1 to 5; 3-7 is 3 to 7")
-    add("--quick", action="store_true", help="one seed")
+    add("--quick", action="store_true", help="one seed, evaluated four times")
     add("--rates", type=list_of_rates, help="learning rates to try in every arm: 1e-4,2e-4")
     add("--points", type=toys.at_least_1, default=10, help="evaluations on the way")
     add("--jobs", type=toys.at_least_1, default=os.cpu_count(), help="runs at a time")
     add("--out", type=Path, default=Path("runs", "compare"), help="the folder to write")
     given, flags = parser.parse_known_args(arguments)
-    given.seeds = [1] if given.quick else given.seeds
+    if given.quick:
+        given.seeds, given.points = [1], 4
     configs = configs_of(given, flags)
     for folder, (_, config) in configs.items():
         if (folder / "config.json").exists():
