@@ -26,7 +26,7 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 129 to 744, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 129 to 746, half an hour to read; below it are data, disk and flags. Left
 out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
 mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
 (python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs
@@ -222,7 +222,7 @@ LAST_STATED = re.compile(
     r"(.*?)(?:[.](?=\s|$)|</|$)",  # up to the end of its sentence
     re.MULTILINE,
 )
-CHOICE = r"(?i)\(?[A-J]\)?"  # an answer that is the letter of an option
+CHOICE = r"\(?[A-J]\)?"  # an answer that is the letter of an option
 STATED_CHOICE = re.compile(r"^\(?([A-J])(?:[):.]\s*+|\s++(?=[a-z]))(?!and\b|or\b|,)(?s:.*)")
 TYPESETTING = re.compile(
     r"\\(?:text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}|\\?[$%]|\\[!,;()\[\]]|(?<=\\)[dt](?=frac)"
@@ -259,8 +259,9 @@ def same_answer(given: str, truth: str) -> bool:
         return number_value(given) == value
     given, truth = clean(given), clean(truth)
     if re.fullmatch(CHOICE, truth):
-        given, truth = STATED_CHOICE.sub(r"\1", given).strip("()"), truth.strip("()")
+        given = STATED_CHOICE.sub(r"\1", given)
     given, truth = (re.sub(r"\s", "", text).casefold() for text in (given, truth))
+    given, truth = (re.sub(r"^\((\w)\)$", r"\1", text) for text in (given, truth))
     return truth != "" and given == truth
 
 
@@ -414,11 +415,11 @@ def load_problems(path: str, guide: str, tokenizer, config, split="train"):
         texts = [build_prompt(tokenizer, p.question, g, config.system) for g in ("", p.guide)]
         # the chat template has written the special tokens
         p.prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    lengths = [len(p.prompts[True]) for p in problems]
     fitting = [p for p in problems if len(p.prompts[True]) <= config.max_prompt_tokens]
     print(f"{len(fitting)} of {len(problems)} {split} prompts fit into --max_prompt_tokens")
     if not fitting:
-        raise UserError(f"--max_prompt_tokens: the shortest prompt has {sorted(lengths)[:1]}")
+        shortest = min([len(p.prompts[True]) for p in problems], default=0)
+        raise UserError(f"--max_prompt_tokens: the shortest prompt has {shortest}")
     return fitting
 
 
@@ -492,7 +493,7 @@ def rollout(model, tokenizer, problems, guided, config, n=1) -> list[Rollout]:
     rewards = domain.rewards(finished, [p.answer for p, _ in rows])
     solved = [r >= domain.solved_from for r in rewards]
     parts = zip(rows, prompts, ids, sampled, texts, ended, rewards, solved)
-    return [Rollout(*row, *rest) for row, *rest in parts]
+    return [Rollout(p, g, *rest) for (p, g), *rest in parts]
 
 
 def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
@@ -617,9 +618,11 @@ def backward(model, batch: list[Rollout], old_logprobs, share: float, config) ->
     A = torch.tensor([r.advantage for r in batch], device=model.device)  # (N,)
     clips = config.clip_low, config.clip_high
     loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, *clips)
-    (loss * share).backward()
+    loss = loss * share
+    loss.backward()
     entropy = -old_logprobs[sampled.bool()].mean()  # as the samples estimate it
-    return stats | {"loss": loss * share, "entropy": entropy}
+    stats |= {"loss": loss, "entropy": entropy}
+    return {name: value.item() for name, value in stats.items()}
 
 
 def update(model, tokenizer, optimizer, rollouts: list[Rollout], config) -> dict:
@@ -634,7 +637,7 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config) -> dict
     if config.mini_batches > 1:
         with torch.no_grad():
             work = [[(batch, score(model, batch, config)[0]) for batch, _ in w] for w in work]
-    stats = []
+    stats, norms = [], []
     for mini, batches in zip(minis, work):
         for batch, old_logprobs in batches:
             stats.append(backward(model, batch, old_logprobs, len(batch) / len(mini), config))
@@ -645,13 +648,12 @@ def update(model, tokenizer, optimizer, rollouts: list[Rollout], config) -> dict
                 (loss * config.expert_coef * config.group_size / len(mini)).backward()
         if batches or config.expert_coef:  # else no group has a signal
             norm = clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=True)
-            stats.append({"grad_norm": norm})  # before clipping
+            norms.append(norm.item())  # before clipping
             optimizer.step()
             optimizer.zero_grad()
-    loss = sum(s["loss"].item() for s in stats if "loss" in s) / len(minis)
-    names = "entropy", "clip_fraction", "grad_norm"
-    means = {name: mean([s[name].item() for s in stats if name in s]) for name in names}
-    return means | {"loss": loss}
+    means = {name: mean([s[name] for s in stats]) for name in ("entropy", "clip_fraction")}
+    means |= {"loss": sum(s["loss"] for s in stats) / len(minis), "grad_norm": mean(norms)}
+    return means
 
 
 def chunks(rows: list, size: int):
@@ -748,10 +750,10 @@ def train(config: Config) -> Path:
 def read_rows(path: str, split: str):
     """Of a jsonl or parquet file, a folder with one for each split, or hub/id:configuration."""
     if Path(path).is_dir():
-        files = sorted(Path(path).glob(f"{split}*"))
+        files = [*Path(path).glob(f"{split}*.jsonl"), *Path(path).glob(f"{split}*.parquet")]
         if not files:
             raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
-        return [row for file in files for row in read_rows(str(file), split)]
+        return [row for file in sorted(files) for row in read_rows(str(file), split)]
     if path.endswith("jsonl"):  # not by `datasets`, which guesses types: a date, a rounded number
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]

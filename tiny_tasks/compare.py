@@ -184,8 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
     for result in results if given.rates else []:
         result["arm"] += f" {result['learning_rate']:g}"
     report = tables.summary(results)
-    (given.out / "runs.jsonl").write_bytes(toys.to_jsonl(results))
-    (given.out / "summary.md").write_text(report, encoding="utf-8")
+    for name, data in ("runs.jsonl", toys.to_jsonl(results)), ("summary.md", report.encode()):
+        with smepo.replacing(given.out / name) as new:
+            new.write_bytes(data)
     print(report)
     if find_spec("matplotlib") and not given.rates:
         from tiny_tasks import plots

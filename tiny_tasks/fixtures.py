@@ -120,14 +120,12 @@ def flags(config: Config) -> list[str]:
     return words
 
 
-def refused(capsys, arguments: list[str], running: bool = False) -> str:
-    """Exit code 2 and exactly one line on stderr, which is returned; of a run that was `running`
-    the last one, as its progress bar has been there."""
+def refused(capsys, arguments: list[str]) -> str:
+    """Exit code 2 and exactly one line on stderr, which is returned."""
     capsys.readouterr()
     assert smepo.main(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert running or len(lines) == 1, lines
-    return lines[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
 
 
 def problem(base, question="Compute 7 - 6 + 3 * 5", trace=TRACE, answer="16") -> Problem:

@@ -7,6 +7,7 @@ python -m tiny_tasks.make_tasks --check    # change nothing; exit 1 if a file di
 import sys
 from pathlib import Path
 
+import smepo
 from tiny_tasks import toys
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +31,8 @@ def main() -> None:
     for task in toys.TASKS:
         for path, content in files_of(task, given.seed).items():
             if not given.check:
-                path.write_bytes(content)
+                with smepo.replacing(path) as new:
+                    new.write_bytes(content)
             elif path.read_bytes() != content:
                 sys.exit(f"{path} differs from what the seed makes")
 

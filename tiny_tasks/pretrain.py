@@ -8,6 +8,7 @@ The base resembles the large ones that SMEPO is for: it can follow a plan and co
 carelessly, and it cannot plan the hardest problems alone. README.md beside this file says why.
 """
 
+import os
 import random
 import re
 import sys
@@ -149,6 +150,16 @@ def load_rows(rows: list[dict], guide: str, tokenizer, config) -> list[smepo.Pro
         return smepo.load_problems(str(path), guide, tokenizer, config)
 
 
+def save(model, tokenizer, out: Path) -> None:
+    """Written aside, then swapped in, file by file: what else lies there stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, suffix=".new") as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        for path in Path(new).iterdir():
+            os.replace(path, out / path.name)
+
+
 def main() -> None:
     parser = toys.Parser("pretrain", __doc__.splitlines()[0])
     parser.add_argument("--task", choices=toys.TASKS, default="arithmetic")
@@ -168,8 +179,7 @@ def main() -> None:
         model = make_model(tokenizer)
         stream = batches(toy, tokenizer, random.Random(given.seed), given.batch_size, told)
         pretrain(model, stream, given.steps or toy.PRETRAIN_STEPS, given.learning_rate)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save(model, tokenizer, out)
     model, tokenizer = smepo.load_model(out, config)
     print("guide     k  accuracy  of it lucky")
     for (guide, k), (accuracy, lucky) in calibrate(toy, model, tokenizer, config).items():

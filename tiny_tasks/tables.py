@@ -62,10 +62,8 @@ def equal_seconds(arms: dict[str, list[dict]], hardest: str) -> str:
         points = [when_grpo_ends(run, other) for run, other in pairs]
         factors = [times_faster(run, other) for run, other in pairs]
         reached = [factor for factor in factors if factor is not None]
-        row = [
-            arm,
-            *(mean_error([point[level] for point in points]) for level in (hardest, "mean")),
-        ]
+        row = [arm]
+        row += [mean_error([point[level] for point in points]) for level in (hardest, "mean")]
         row.append(f"{median(reached):.1f}" if reached else "-")
         shown = ["-" if factor is None else f"{factor:.1f}" for factor in factors]
         rows.append([*row, " ".join(shown)])

@@ -97,3 +97,9 @@ def test_any_text_takes_linear_time():
     jobs += [("search", ["Silver Harbor", "no"], searched)]
     settings = {"input": json.dumps(jobs), "text": True, "cwd": ROOT, "timeout": 300}
     subprocess.run([sys.executable, "-c", script], check=True, **settings)
+
+
+def test_a_variable_is_no_option():
+    masked = smepo.mask_trace("it is b, not C", "math", "b")
+    assert masked == "it is [ANSWER], not C" and not smepo.leaks(masked, "b", "math")
+    assert smepo.reward("The answer is (b).", "b", "math") == 1.0

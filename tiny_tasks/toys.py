@@ -71,6 +71,14 @@ def draw_from_split(toy, rng: random.Random, k: int, held_out: bool):
             return problem
 
 
+def draw_guide(rng: random.Random, unguided: dict, guided: dict) -> tuple[str, int]:
+    """The guide of an example and its k, by {k: share} and {guide: share}."""
+    (drawn,) = rng.choices([*unguided, *guided], [*unguided.values(), *guided.values()])
+    if drawn in guided:
+        return drawn, rng.randint(2, 5)
+    return "none", drawn
+
+
 def draw_rows(toy, seed: int, counts: dict[int, int], held_out: bool) -> list[dict]:
     """Distinct rows in the schema of the official SMEPO data, plus `difficulty`."""
     rng, rows = random.Random(seed), {}

@@ -51,12 +51,12 @@ def main() -> None:
     model, tokenizer = load_gguf(given.gguf)
     examples = pretrain.batches(sys.modules[__name__], tokenizer, random.Random(0), size=16)
     pretrain.pretrain(model, examples, given.steps, learning_rate=3e-5)
-    model.save_pretrained(given.out)
-    tokenizer.save_pretrained(given.out)
+    pretrain.save(model, tokenizer, given.out)
     train = toys.draw_rows(toy, 1, {2: 300, 3: 300}, held_out=False)
     test = toys.draw_rows(toy, 2, {2: 60, 3: 60}, held_out=True)
-    (given.out / "train.jsonl").write_bytes(toys.to_jsonl(train))
-    (given.out / "test.jsonl").write_bytes(toys.to_jsonl(test))
+    for name, rows in ("train.jsonl", train), ("test.jsonl", test):
+        with smepo.replacing(given.out / name) as new:
+            new.write_bytes(toys.to_jsonl(rows))
 
 
 if __name__ == "__main__":

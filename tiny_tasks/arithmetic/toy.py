@@ -114,8 +114,7 @@ def overlook(rng: random.Random, problem: Problem) -> Problem:
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
     """A question, the guide shown with it ("" for none), and the solution to imitate."""
-    drawn = rng.choices([*UNGUIDED, *GUIDED], [*UNGUIDED.values(), *GUIDED.values()])[0]
-    guide, k = (drawn, rng.randint(2, 5)) if drawn in GUIDED else ("none", drawn)
+    guide, k = toys.draw_guide(rng, UNGUIDED, GUIDED)
     problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, (trace, _) = question_of(problem), solve(problem)
     if rng.random() < WRONG_RATE:

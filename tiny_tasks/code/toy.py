@@ -140,8 +140,7 @@ def solution(rng: random.Random, plan: Problem, trace: str, spans) -> str:
 
 def draw_example(rng: random.Random) -> tuple[str, str, str]:
     """A question, the guide shown with it ("" for none), and the solution to imitate."""
-    drawn = rng.choices([*UNGUIDED, *GUIDED], [*UNGUIDED.values(), *GUIDED.values()])[0]
-    guide, k = (drawn, rng.randint(2, 5)) if drawn in GUIDED else ("none", drawn)
+    guide, k = toys.draw_guide(rng, UNGUIDED, GUIDED)
     plan = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, lines = question_of(plan), plan
     if rng.random() < WRONG_RATE:
