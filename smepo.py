@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
 """SMEPO, Semantic Masked Expert Policy Optimization (arXiv 2605.25198), in one file.
 
-Reinforcement learning with verifiable rewards stalls where all rollouts of a group fail, for then
-every advantage is 0. An expert's solution in the prompt helps, but it shows what the verifier
-checks: the policy copies it, and learns nothing. So show the solution, but hide the spans that the
+Where all rollouts of a group fail, GRPO learns nothing. An expert's solution in the prompt helps,
+but it shows what the verifier checks: the policy copies it. So show it without the spans that the
 reward depends on (in math, the numbers):
 
     question x   Compute 7 - 6 + 3 * 5
-    trace        Step 1: 3 * 5 = 15.                      Step 2: 7 - 6 = 1.
-    shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER].  Step 2: [NUMBER] - ...
+    trace        Step 1: 3 * 5 = 15. Step 2: 7 - 6 = 1. ...
+    shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER]. Step 2: [NUMBER] - ...
 
-The policy follows the plan but must reconstruct every value. All else is on-policy GRPO, only
-with another prompt c, and the evaluation shows no trace. Each line is a function below:
+The policy follows the plan but must reconstruct every value. All else is on-policy GRPO with
+another prompt c, and the evaluation shows no trace. Each line is a function below:
 
     context    c = x + mask(trace)                                guide_trace, build_prompt
     rollouts   o_1..o_G ~ pi_old(. | c)                           rollout
@@ -23,21 +22,15 @@ with another prompt c, and the evaluation shows no trace. Each line is a functio
 The ratio's context is c, guide included, in pi and in pi_old: the rollout was sampled there.
 B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion tokens, V words.
 
-    python smepo.py                 it learns on a laptop, in a minute
-    python smepo.py --guide none    GRPO; --help lists every setting
-
-The algorithm is lines 129 to 746, half an hour to read; below it are data, disk and flags. Left
-out on purpose: other schemas of data (python -m tiny_tasks.prepare), a verifier for all of
-mathematics (--domain tiny_tasks.math_verify), code and search (tiny_tasks/), arms side by side
-(python -m tiny_tasks.compare), a KL term (the paper has none), several GPUs
-(python -m tiny_tasks.export writes the prompts for TRL and verl).
+The algorithm is lines 116 to 688, half an hour to read; below it are data, disk and flags. Left
+out on purpose, but in tiny_tasks/: other schemas of data (prepare), all of mathematics
+(math_verify), code and search, arms side by side (compare), several GPUs (export); a KL term.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import itertools
 import json
 import math
 import os
@@ -46,19 +39,17 @@ import re
 import sys
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from statistics import pstdev
+from statistics import fmean, pstdev
 from typing import Literal
 
 import datasets
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -69,49 +60,45 @@ TASKS = Path(__file__).resolve().parent / "tiny_tasks"
 
 
 class UserError(Exception):
-    """Bad input, in one line: what is wrong and how to mend it. `main` exits with code 2."""
+    """An expected mistake: what is wrong and how to mend it, in one line. Exit code 2."""
 
 
-# ---- Config: every field is a flag, and the comment behind it is its help --------
-
-
+# ---- Config: every field is a flag ----
 @dataclass
 class Config:
     guide: Literal["none", "full", "prefix", "random", "semantic"] = "semantic"  # what is shown
     guide_when: str = "always"  # always, on-failure, fade, or a fraction of the problems
-    fade_until: float = 0.6  # with fade: the part of the steps after which no guide is shown
-    prefix_ratio: float = 0.5  # with guide=prefix: the part of the trace that is shown
     task: Literal["arithmetic", "code", "search"] = "arithmetic"  # a toy: model, data, domain
     model: str = ""  # the base model, a Hugging Face folder or hub id
-    data: str = ""  # training problems: jsonl, parquet, a folder of these, a hub id
+    data: str = ""  # to train on: jsonl, parquet, a folder of these, a hub id
     test_data: str = ""  # held-out problems, asked unguided
-    domain: str = ""  # hidden and rewarded how: math, code, search or your module
+    domain: str = ""  # what is hidden and rewarded: math, code, search, your module
     system: str = ""  # the system prompt
-    out: str = ""  # the run folder, by default one in runs/ that says what it is
-    resume: str = ""  # the run folder to go on in, with its settings
+    out: str = ""  # the run folder; by default it is in runs/
+    resume: str = ""  # the run folder to go on in
     steps: int = 60  # rollout batches to train on (paper: 400)
     prompts_per_step: int = 16  # B, problems in a rollout batch (paper: 32)
     group_size: int = 8  # G, rollouts of each problem (paper: 8)
-    mini_batches: int = 1  # optimizer steps in a rollout batch (paper: 4); at 1 no ratio moves
+    mini_batches: int = 1  # optimizer steps in a rollout batch (paper: 4)
     micro_batch: int = 128  # rollouts per forward pass; out of memory? halve it
-    generate_batch: int = 512  # rows per call of generate; this bounds its memory
+    generate_batch: int = 512  # rows per call of generate
     learning_rate: float = 2e-4  # of AdamW (paper, 8B parameters: 1e-6)
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: float = 0.28  # and above at 1 + clip_high, so that rare tokens can grow
     advantage_scale: Literal["std", "none"] = "std"  # none: as in Dr. GRPO
-    expert_coef: float = 0.0  # weight of masked_expert_loss; the paper has no such term
+    expert_coef: float = 0.0  # weight of masked_expert_loss; not in the paper
     temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
     max_prompt_tokens: int = 256  # problems with a longer prompt are left out
-    max_new_tokens: int = 64  # sampled; a rollout without an end by then earns 0
-    eval_every: int = 20  # steps between points of the accuracy curve, and checkpoints
+    max_new_tokens: int = 64  # a rollout without an end by then earns 0
+    eval_every: int = 20  # steps between evaluations, and checkpoints
     eval_samples: int = 4  # samples of each test problem
     seed: int = 0  # same seed, same machine, same result
-    device: str = ""  # cpu, cuda or mps; by default the best there is
-    threads: int = 1  # CPU threads; more help a model larger than the toy's
+    device: str = ""  # cpu, cuda, mps; by default the best there is
+    threads: int = 1  # CPU threads; a larger model wants more
 
     def __post_init__(self):
-        lowest = {"seed": 0, "group_size": 2, "temperature": 0.01, "fade_until": 0.01}
+        lowest = {"seed": 0, "group_size": 2, "temperature": 0.01}
         for name, value in asdict(self).items():
             low = lowest.get(name, int(isinstance(getattr(Config, name), int)))
             if isinstance(value, int | float) and not low <= value < 2**31:  # nan is not
@@ -126,45 +113,39 @@ class Config:
         self.domain = self.domain or self.task.replace("arithmetic", "math")
 
 
-# ---- The guide: what the policy is shown of the expert's trace -------------------
-
-
+# ---- The guide: what the policy is shown of the expert's trace ----
 @dataclass
 class Domain:
-    """What the verifier reads is what the mask must hide: both stand in one file. The whole of
+    """What the verifier reads is what the mask must hide, so they stand together. A whole
     colors.py, beside smepo.py, for --domain colors:
 
-        import re
-        from smepo import Domain
-
-        DOMAIN = Domain(
+        import re, smepo
+        DOMAIN = smepo.Domain(
             spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
             leaks=lambda masked, answer: answer in masked,
-            rewards=lambda texts, truths: [float(b in a) for a, b in zip(texts, truths)],
-        )"""
+            rewards=lambda texts, truths: [float(b in a) for a, b in zip(texts, truths)])"""
 
     spans: Callable  # (trace, answer) -> [(start, end, mask), ...]: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
     rewards: Callable  # (completions, truths) -> list[float], each from 0 to 1
-    solved_from: float = 1.0  # the least reward that counts as solved, where one pays in parts
-    # For a rollout in turns, in which an environment writes some of the text (tiny_tasks/search):
-    converse: Callable | None = None  # (model, tokenizer, prompts, config) -> ids, sampled
-    told: re.Pattern | None = None  # what the environment has written, in a trace
+    solved_from: float = 1.0  # the least reward that counts as solved
+    converse: Callable = None  # in turns: (model, tokenizer, prompts, config) -> ids, sampled
+    told: re.Pattern = None  # what the environment of such turns has written, in a trace
 
 
-def find_domain(name: str) -> Domain:
-    """Math is in this file. Any other is a module with a DOMAIN, imported when asked for."""
+def find_domain(name):
+    """Math is in this file; any other is a module with a DOMAIN."""
     if name == "math":
         return MATH
     return import_module(f"tiny_tasks.{name}.domain" if (TASKS / name).exists() else name).DOMAIN
 
 
-def hidden_spans(trace: str, domain: str, answer="") -> list:
-    """The reward-relevant spans, left to right; they may overlap. No `answer`: the one stated."""
+def hidden_spans(trace, domain, answer=""):
+    """Left to right; they may overlap. Without `answer`, the one that the trace states counts."""
     return sorted(find_domain(domain).spans(trace, answer))
 
 
-def random_spans(trace: str, spans: list, seed: str) -> list:
+def random_spans(trace, spans, seed):
     """As many words and signs as the spans hold, anywhere: only *where* differs."""
     pieces = [match.span() for match in re.finditer(r"\w+|[^\w\s]", trace)]
     hidden = [piece for piece in pieces if any(a <= piece[0] < b for a, b, _ in spans)]
@@ -172,16 +153,16 @@ def random_spans(trace: str, spans: list, seed: str) -> list:
     return sorted((*piece, spans[0][2]) for piece in chosen)
 
 
-def replace_spans(trace: str, spans: list) -> str:
+def replace_spans(trace, spans):
     text, end = "", 0
     for a, b, mask in spans:
-        if a >= end:  # else they overlap, and share the first one's mask
+        if a >= end:  # else they overlap: one mask
             text += trace[end:a] + mask
         end = max(end, b)
     return text + trace[end:]
 
 
-def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5, seed="") -> str:
+def guide_trace(trace, guide, domain, answer="", prefix_ratio=0.5, seed="") -> str:
     """What is shown: none (GRPO), full, prefix (in whole lines), random, semantic (SMEPO)."""
     if guide == "none":
         return ""
@@ -196,24 +177,23 @@ def guide_trace(trace: str, guide: str, domain: str, answer="", prefix_ratio=0.5
     return replace_spans(trace, spans)
 
 
-def mask_trace(trace: str, domain: str, answer="") -> str:
+def mask_trace(trace, domain, answer="") -> str:
     """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
     return guide_trace(trace, "semantic", domain, answer)
 
 
-def leaks(masked: str, answer: str, domain: str) -> bool:
-    """Can what the verifier checks still be read off the masked text?"""
+def leaks(masked, answer, domain) -> bool:
+    """Can the answer still be read off?"""
     return find_domain(domain).leaks(masked, answer)
 
 
-def reward(completion: str, ground_truth: str, domain: str) -> float:
-    """Of one completion, as TRL and verl ask for it; `rollout` asks for all at once."""
+def reward(completion, ground_truth, domain) -> float:
+    """Of one completion, as TRL and verl ask for it."""
     return find_domain(domain).rewards([completion], [ground_truth])[0]
 
 
-# ---- Math: what the verifier reads -----------------------------------------------
-
-BRACED = r"[^{}]"  # what may stand between braces, themselves balanced, four deep
+# ---- Math: what the verifier reads ----
+BRACED = r"[^{}]"  # between braces, themselves balanced, four deep
 for _ in range(3):
     BRACED = r"(?:[^{}]|\{" + BRACED + r"*\})"
 LAST_BOX = re.compile(r"(?s:.*)\\(?:boxed|fbox)\s?(?:\{(" + BRACED + r"*)\}|(\w))")
@@ -229,49 +209,49 @@ TYPESETTING = re.compile(
 )
 
 
-def stated(text: str) -> str:
+def stated(text):
     r"""The last \boxed{...}; without one the last ####, <answer>, "answer is" or "answer:"."""
     match = LAST_BOX.match(text) or LAST_STATED.match(text)
     return match[match.lastindex].strip() if match else ""
 
 
-def clean(text: str) -> str:
+def clean(text):
     r"""Without what only typesets: `$\text{(B)}$.` is `(B)`."""
     text = TYPESETTING.sub(r"\1", text.replace("−", "-"))
     return text.lstrip(" \n*`").rstrip(" \n*`.")
 
 
-def number_value(text: str) -> Fraction | None:
+def plain(text):
+    r"""What is compared: `$\text{(B)}$.` is `b`."""
+    text = re.sub(r"\s", "", clean(text)).casefold()
+    return re.sub(r"^\((\w)\)$", r"\1", text)
+
+
+def number_value(text):
     r"""Of 1,234, -42.0, .5, 3/4, \frac{3}{4}, 50% (as 50); None of all else."""
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", clean(text))
     text = re.sub(r"(?<!\d)\\frac\s*\{?(-?\s*\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?", r"\1/\2", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-    try:
-        return Fraction(text) if re.fullmatch(r"[-+]?[\d.]+(?:/\d+)?", text) else None
-    except (ValueError, ZeroDivisionError):  # 1.2.3, 1/0
-        return None
+    known = re.fullmatch(r"[-+]?(?=.{1,999}$)(?:\d+/0*[1-9]\d*|\d+\.?\d*|\.\d+)", text)
+    return Fraction(text) if known else None
 
 
-def same_answer(given: str, truth: str) -> bool:
+def same_answer(given, truth):
     """Numbers by value, an option by its letter (C, "(C) 5", "C: the third"), else as text."""
     value = number_value(truth)
     if value is not None:
         return number_value(given) == value
-    given, truth = clean(given), clean(truth)
-    if re.fullmatch(CHOICE, truth):
-        given = STATED_CHOICE.sub(r"\1", given)
-    given, truth = (re.sub(r"\s", "", text).casefold() for text in (given, truth))
-    given, truth = (re.sub(r"^\((\w)\)$", r"\1", text) for text in (given, truth))
-    return truth != "" and given == truth
+    if re.fullmatch(CHOICE, clean(truth)):
+        given = STATED_CHOICE.sub(r"\1", clean(given))
+    return plain(truth) != "" and plain(given) == plain(truth)
 
 
-def math_rewards(texts: list[str], truths: list[str]) -> list[float]:
+def math_rewards(texts, truths):
     """1.0 where the last answer that a text states is right, else 0.0."""
     return [float(same_answer(stated(a), b)) for a, b in zip(texts, truths)]
 
 
-# ---- Math: what is hidden --------------------------------------------------------
-
+# ---- Math: what is hidden ----
 WORD = (
     r"(?:zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|million"
     r"|billion|dozen|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|ty))"
@@ -286,7 +266,7 @@ SIGN = r"(?:(?<![\w)\]}'!])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # no operator, as
 DIGITS = r"(?:\d+(?:(?:,|\{,\})\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 
 # One regex reads a trace from left to right, and what matches first wins: "Step 1" is kept before
-# a number can begin at its 1. Each pattern has an example, which a test runs.
+# its 1 can be a number. A test runs each pattern's example.
 KEEP = {
     r"\[(?:NUMBER|ANSWER)\]": "[NUMBER]",
     rf"{LABEL}[ ~.#]{{0,2}}{ID}": "Step 1",
@@ -301,14 +281,19 @@ HIDE = {
     SIGN + DIGITS + r"(?: ?\\?%|(?:st|nd|rd|th)\b)?": "-1,234.5%",
 }
 KEPT = re.compile("|".join(KEEP), re.MULTILINE)
-KEPT_OR_NUMBER = re.compile(rf"{KEPT.pattern}|({'|'.join(HIDE)})", re.MULTILINE)
 # That letter in a trace: it is no article, no variable, no function.
 OPTION = r"(?<![A-Za-z\\'’])(?![AI] (?!is|are|and|or)[a-z])[A-J](?![\w'’^(]|\s?=)"
 
 
-def answer_spans(trace: str, answer: str) -> list:
-    """An answer that is no number, wherever it stands. If it is the letter of an option, all such
-    letters are hidden: a lone gap would tell which."""
+def unkept(trace, pattern, mask):
+    """The spans of a pattern, but for what is kept."""
+    found = re.finditer(rf"{KEPT.pattern}|({pattern})", trace, re.MULTILINE)
+    return [(*match.span(), mask) for match in found if match[1]]
+
+
+def answer_spans(trace, answer):
+    """An answer that is no number, wherever it stands. Of options all letters are hidden: a lone
+    gap would tell which."""
     answer = clean(answer)
     if not re.search(r"\w", answer) or number_value(answer) is not None:
         return []
@@ -317,24 +302,18 @@ def answer_spans(trace: str, answer: str) -> list:
         pieces = map(re.escape, re.findall(r"\\?[A-Za-z]+|[^\s{}$]", answer))
         text = r"[\s{}$]*".join(pieces) + r"\}?" * answer.endswith("}")
         pattern = rf"(?<![A-Za-z\d\\])(?i:{text})(?![A-Za-z\d])"
-    found = re.finditer(rf"{KEPT.pattern}|({pattern})", trace, re.MULTILINE)
-    return [(*match.span(), "[ANSWER]") for match in found if match[1]]
+    return unkept(trace, pattern, "[ANSWER]")
 
 
-def math_spans(trace: str, answer: str) -> list:
+def math_spans(trace, answer):
     """Numbers, and the answer: the given one, else what the trace states."""
-    spans = answer_spans(trace, answer or stated(trace))
-    numbers = [match for match in KEPT_OR_NUMBER.finditer(trace) if match[1]]
-    return spans + [(*match.span(), "[NUMBER]") for match in numbers]
+    answers = answer_spans(trace, answer or stated(trace))
+    return answers + unkept(trace, "|".join(HIDE), "[NUMBER]")
 
 
-# ---- Math: can the answer still be read off? -------------------------------------
-# Labels, which the mask keeps, are no values here, either. How numbers are found is not shared: it
-# would not see what the mask misses.
-
-
-def math_leaks(masked: str, answer: str) -> bool:
-    """Is a number of the answer's value visible, or its text? If in doubt, yes."""
+def math_leaks(masked, answer):
+    """Is a number of the answer's value visible, or its text? If in doubt, yes. It does not share
+    the mask's numbers: it would not see what the mask misses."""
     text = KEPT.sub(" ", masked)
     value = number_value(answer)
     if value is not None:  # a sign may be an operator: [NUMBER] - 17
@@ -353,9 +332,7 @@ def math_leaks(masked: str, answer: str) -> bool:
 MATH = Domain(spans=math_spans, leaks=math_leaks, rewards=math_rewards)
 
 
-# ---- Problems and prompts --------------------------------------------------------
-
-
+# ---- Problems and prompts ----
 @dataclass
 class Problem:
     question: str
@@ -363,11 +340,10 @@ class Problem:
     trace: str = ""  # the expert's solution, if there is one
     difficulty: str = "all"  # groups the evaluation
     guide: str = ""  # what the policy may be shown of the trace
-    leaky: bool = False  # whether the guide gives the answer away
     prompts: tuple = ()  # without the guide and with it: indexed by "is it guided?"
 
 
-def build_messages(question: str, guide_text="", system=""):
+def build_messages(question, guide_text="", system=""):
     """The guide stands as a finished assistant turn before the one to be written."""
     turns = {"system": system, "user": question}
     if guide_text:
@@ -375,20 +351,19 @@ def build_messages(question: str, guide_text="", system=""):
     return [{"role": role, "content": text} for role, text in turns.items() if text]
 
 
-def build_prompt(tokenizer, question: str, guide_text="", system="") -> str:
+def build_prompt(tokenizer, question, guide_text="", system="") -> str:
     messages = build_messages(question, guide_text, system)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if question.strip() not in prompt or guide_text.strip() not in prompt:
-        raise UserError("the model's chat template drops a part of the question or of the guide")
-    if prompt.rstrip().endswith(tokenizer.eos_token):
-        raise UserError("the model's chat template opens no turn after the question or the guide")
+    whole = question.strip() in prompt and guide_text.strip() in prompt
+    if not whole or prompt.rstrip().endswith(tokenizer.eos_token):
+        raise UserError("the chat template drops question or guide, or opens no turn after them")
     return prompt
 
 
-def read_problems(path: str, guide: str, config, split="train"):
-    """Of rows in the schema of the official data, {"question": "...", "reward_model":
-    {"ground_truth": "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}, of which
-    difficulty may be missing, and teacher_ds where no guide is shown. Without a path: the toy's."""
+def read_problems(path, guide, config, split="train"):
+    """Of rows in the official data's schema, {"question": "...", "reward_model": {"ground_truth":
+    "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}; the last two may be missing, teacher_ds
+    only where no guide is shown. Without a path: the toy's."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
@@ -397,42 +372,41 @@ def read_problems(path: str, guide: str, config, split="train"):
         answer = "" if truth is None else str(truth).strip()
         trace = row.get("teacher_ds") or ""
         if not row.get("question") or not answer or (needs_trace and not trace):
-            parts = "question, reward_model.ground_truth or teacher_ds"
-            mend = f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
-            raise UserError(f"{path} row {number} has no {parts}: {mend}")
+            raise UserError(
+                f"{path} row {number} has no question, reward_model.ground_truth or teacher_ds: "
+                f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
+            )
         p = Problem(row["question"], answer, trace, str(row.get("difficulty") or "all"))
         seed = f"{config.seed} {p.question}"
-        p.guide = guide_trace(trace, guide, config.domain, answer, config.prefix_ratio, seed)
-        p.leaky = leaks(p.guide, answer, config.domain)
+        p.guide = guide_trace(trace, guide, config.domain, answer, seed=seed)
         problems.append(p)
     return problems
 
 
-def load_problems(path: str, guide: str, tokenizer, config, split="train"):
-    """The problems whose prompts are short enough, with these."""
+def load_problems(path, guide, tokenizer, config, split="train"):
+    """Those whose prompts are short enough, with these."""
     problems = read_problems(path, guide, config, split)
     for p in problems:
         texts = [build_prompt(tokenizer, p.question, g, config.system) for g in ("", p.guide)]
         # the chat template has written the special tokens
         p.prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    fitting = [p for p in problems if len(p.prompts[True]) <= config.max_prompt_tokens]
-    print(f"{len(fitting)} of {len(problems)} {split} prompts fit into --max_prompt_tokens")
+    lengths = [len(p.prompts[True]) for p in problems]
+    fitting = [p for p, n in zip(problems, lengths) if n <= config.max_prompt_tokens]
+    leaky = sum(leaks(p.guide, p.answer, config.domain) for p in fitting)
+    print(f"{split}: {len(fitting)} of {len(problems)} prompts fit, {leaky} leak the answer")
     if not fitting:
-        shortest = min([len(p.prompts[True]) for p in problems], default=0)
-        raise UserError(f"--max_prompt_tokens: the shortest prompt has {shortest}")
+        raise UserError(f"--max_prompt_tokens: the shortest prompts have {sorted(lengths)[:3]}")
     return fitting
 
 
-# ---- Rollouts --------------------------------------------------------------------
-
-
+# ---- Rollouts ----
 @dataclass
 class Rollout:
     problem: Problem
     guided: bool
     prompt_ids: list[int]  # the very prompt it was sampled from: the context of the ratio
     ids: list[int]  # the completion, up to and including the first EOS
-    sampled: list[int]  # of each of them: 1 if the policy chose it, 0 if an environment wrote it
+    sampled: list[int]  # 1 for each that the policy chose, 0 for an environment's
     text: str
     ended: bool  # with an EOS; else it was cut off
     reward: float
@@ -440,30 +414,28 @@ class Rollout:
     advantage: float = 0.0
 
 
-def pad(rows: list[list[int]], device):
-    """Ids and attention mask, padded on the left, (N, longest); the mask goes by position, as the
-    pad token may be the EOS, too."""
+def pad(rows, device):
+    """Ids and attention mask, padded on the left, (N, longest)."""
     tensors = [torch.tensor(row, device=device) for row in rows]
-    ids = pad_sequence(tensors, True, -1, "left")  # -1 is no token
+    ids = pad_sequence(tensors, True, -1, "left")  # -1 is no token; an EOS may be one of the row
     return ids.clamp(min=0), (ids >= 0).long()
 
 
-def until_eos(ids: list[int], eos_ids):
-    """The first EOS was sampled and counts; generate pads what follows it."""
+def until_eos(ids, eos_ids):
+    """The first EOS was sampled, and counts; generate has padded what follows."""
     for t, token in enumerate(ids):
         if token in eos_ids:
             return ids[: t + 1]
     return ids
 
 
-def sample(model, prompts: list[list[int]], config, stops=None):
+def sample(model, prompts, config, stops=None):
     """A completion of each prompt. `stops`: stopping_criteria of generate, beside the EOS."""
     eos_ids = model.generation_config.eos_token_id
-    settings = GenerationConfig(  # all of them: top_k, left unset, would be 50
+    settings = GenerationConfig(  # all of them: top_k, left out, would be 50
         do_sample=True,
         temperature=config.temperature,
         top_k=0,
-        top_p=1.0,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=eos_ids,
         pad_token_id=eos_ids[0],
@@ -476,10 +448,10 @@ def sample(model, prompts: list[list[int]], config, stops=None):
     return [until_eos(row, eos_ids) for row in completions]
 
 
-def rollout(model, tokenizer, problems, guided, config, n=1) -> list[Rollout]:
-    """n rollouts of each problem in a row, its group: all from one prompt, `guided` or not."""
+def rollout(model, tokenizer, asked, config, n=1):
+    """A group for each (problem, is it guided?): n rollouts of one prompt."""
     domain = find_domain(config.domain)
-    rows = [pair for pair in zip(problems, guided) for _ in range(n)]
+    rows = [pair for pair in asked for _ in range(n)]
     prompts = [p.prompts[g] for p, g in rows]
     if domain.converse:
         ids, sampled = domain.converse(model, tokenizer, prompts, config)
@@ -493,56 +465,51 @@ def rollout(model, tokenizer, problems, guided, config, n=1) -> list[Rollout]:
     rewards = domain.rewards(finished, [p.answer for p, _ in rows])
     solved = [r >= domain.solved_from for r in rewards]
     parts = zip(rows, prompts, ids, sampled, texts, ended, rewards, solved)
-    return [Rollout(p, g, *rest) for (p, g), *rest in parts]
+    return chunks([Rollout(p, g, *rest) for (p, g), *rest in parts], n)
 
 
-def shows_guide(problem: Problem, step: int, config: Config, failed=False) -> bool:
-    """Is the guide shown? Asked before a group is sampled, and again with failed=True if it was
-    unguided and all wrong. The place for a schedule of your own."""
+def shows_guide(problem, step, config, failed=False) -> bool:
+    """Asked before a group is sampled, and again with failed=True if it was unguided and all wrong.
+    The place for a schedule of your own."""
     if config.guide_when == "always":
         return True
     if config.guide_when == "on-failure":
         return failed
     if config.guide_when == "fade":
-        chance = 1 - step / (config.fade_until * config.steps)
+        chance = 1 - step / (0.6 * config.steps)  # none in the last 40 %
     else:
         chance = float(config.guide_when)
     return random.Random(f"{config.seed} {step} {problem.question}").random() < chance
 
 
-def collect_rollouts(model, tokenizer, problems, step: int, config) -> list[Rollout]:
-    """B*G rollouts to learn from."""
+def collect_rollouts(model, tokenizer, problems, step, config):
+    """B groups of G to learn from."""
     G = config.group_size
-    guided = [bool(p.guide and shows_guide(p, step, config)) for p in problems]
-    groups = chunks(rollout(model, tokenizer, problems, guided, config, G), G)
+    asked = [(p, bool(p.guide and shows_guide(p, step, config))) for p in problems]
+    groups = rollout(model, tokenizer, asked, config, G)
     again = []  # the groups that get a second chance, with the guide
     for i, p in enumerate(problems):
-        failed = not guided[i] and not any(r.solved for r in groups[i])
+        failed = not any(r.guided or r.solved for r in groups[i])
         if failed and p.guide and shows_guide(p, step, config, failed=True):
             again.append(i)
-    retried = [problems[i] for i in again]
-    second = rollout(model, tokenizer, retried, [True] * len(again), config, G)
-    for i, group in zip(again, chunks(second, G)):
+    second = rollout(model, tokenizer, [(problems[i], True) for i in again], config, G)
+    for i, group in zip(again, second):
         groups[i] = group
-    return sum(groups, [])
+    return groups
 
 
-# ---- Advantages, log-probs and loss, as pure functions ---------------------------
-
-
-def group_advantages(rewards, group_size: int, scale="std", eps=1e-6) -> Tensor:
+# ---- Advantages, log-probs and loss, as pure functions ----
+def group_advantages(rewards, group_size, scale="std", eps=1e-6):
     """A_i = (r_i - mean r) / (std r + eps): rewards 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
     r = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)  # (B, G)
+    r = r - r[:, :1]  # so that equal rewards give A = 0 exactly
     A = r - r.mean(1, keepdim=True)  # (B, G)
     if scale == "std":
         A = A / (r.std(1, keepdim=True) + eps)  # over n - 1
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # (B, 1)
-    return A.masked_fill(equal, 0.0).flatten()  # exactly 0, however the mean was rounded
+    return A.flatten()
 
 
-def token_logprobs(
-    model, input_ids: Tensor, attention_mask: Tensor, completion_length: int, temperature: float
-) -> Tensor:
+def token_logprobs(model, input_ids, attention_mask, completion_length, temperature):
     """log pi(o_t | c, o_<t) of the last `completion_length` tokens of every row. (N, T)"""
     T = completion_length
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (N, P+T): padding shifts nothing
@@ -553,208 +520,181 @@ def token_logprobs(
     return logits.log_softmax(-1).gather(-1, tokens).squeeze(-1)  # (N, T)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low=0.2,
-    clip_high=0.28,
-) -> tuple[Tensor, dict]:
-    """Loss and stats of the clipped surrogate, (N, T) tokens, mask 1 if sampled, advantages
-    (N,). At a batch's first update every ratio is 1 and a group's advantages sum to 0: the
-    *value* is about 0, its gradient, -A * grad log pi, is not. Clipping can act from the
-    second on."""
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_high=0.28):
+    """Of (N, T) tokens, mask 1 if sampled, and (N,) advantages. At a batch's first update every
+    ratio is 1 and advantages sum to 0: the *value* is 0, its gradient, -A * grad log pi, is not."""
     mask, A = mask.bool(), advantages[:, None]  # (N, T), (N, 1)
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T)
     unclipped = ratio * A  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
-    # min for either sign of A: leaving the range gains nothing, the way back stays open
+    # min, whatever the sign of A: leaving the range gains nothing, the way back is open
     token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
     loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
     stopped = (clipped < unclipped) & mask  # (N, T)
     return loss, {"clip_fraction": stopped.sum() / mask.sum().clamp(min=1)}
 
 
-def masked_expert_loss(model, tokenizer, problem: Problem, domain: str) -> Tensor:
-    """Mean NLL of the trace's visible tokens, given the question alone: not of hidden spans,
-    nor of what an environment wrote. No part of SMEPO: it shows what a plan in the loss does."""
+def masked_expert_loss(model, tokenizer, problem, domain):
+    """Mean NLL of the trace's visible tokens given the question alone, not of hidden spans nor of
+    what an environment wrote. No part of SMEPO: the plan in the loss, for comparison."""
     unseen = [span[:2] for span in hidden_spans(problem.trace, domain, problem.answer)]
     if told := find_domain(domain).told:
         unseen += [match.span() for match in told.finditer(problem.trace)]
     text = problem.trace + tokenizer.eos_token
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = encoded["offset_mapping"]
-    visible = [all(end <= a or b <= start for a, b in unseen) for start, end in tokens]
-    ids = torch.tensor([problem.prompts[False] + encoded["input_ids"]], device=model.device)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = tokens["offset_mapping"]
+    visible = [all(end <= a or b <= start for a, b in unseen) for start, end in offsets]
+    ids = torch.tensor([problem.prompts[False] + tokens["input_ids"]], device=model.device)
     logprobs = token_logprobs(model, ids, torch.ones_like(ids), len(visible), 1.0)  # (1, T)
     return -logprobs[0, visible].mean()
 
 
-# ---- Update ----------------------------------------------------------------------
-
-
-def score(model, rollouts: list[Rollout], config):
+# ---- Update ----
+def score(model, rollouts, config):
     """log pi of every token of N rollouts, and 1 where the policy chose the token. (N, T)"""
     ids, attention_mask = pad([r.prompt_ids + r.ids for r in rollouts], model.device)  # (N, P+T)
     sampled, _ = pad([r.sampled for r in rollouts], model.device)  # (N, T)
-    T = sampled.shape[1]  # a shorter row begins in its prompt, where sampled is padded with 0
+    T = sampled.shape[1]  # of shorter rows, the first are the prompt's: sampled is 0
     return token_logprobs(model, ids, attention_mask, T, config.temperature), sampled
 
 
-def micro_batches(rollouts: list[Rollout], config):
-    """Of those that have a gradient. Advantage 0, as in all-wrong and all-right groups, has none:
-    such rollouts are not scored, but count in the mean."""
-    useful = [r for r in rollouts if r.advantage != 0]
-    useful.sort(key=lambda r: -len(r.prompt_ids + r.ids))  # like lengths: little padding
-    return chunks(useful, config.micro_batch)
+def micro_batches(rollouts, config):
+    """Advantage 0, as in all-wrong and all-right groups, has no gradient: not scored, such rollouts
+    still count in the mean."""
+    return chunks([r for r in rollouts if r.advantage != 0], config.micro_batch)
 
 
-def backward(model, batch: list[Rollout], old_logprobs, share: float, config) -> dict:
-    """Add the gradient of a micro-batch, which is a `share` of its mini-batch; returns stats."""
+def backward(model, batch, old_logprobs, share, config):
+    """Add the gradient of a micro-batch, a `share` of its mini-batch: loss and clip_fraction."""
     logprobs, sampled = score(model, batch, config)  # (N, T)
     if old_logprobs is None:  # pi still is pi_old
         old_logprobs = logprobs.detach()
     A = torch.tensor([r.advantage for r in batch], device=model.device)  # (N,)
-    clips = config.clip_low, config.clip_high
-    loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, *clips)
-    loss = loss * share
-    loss.backward()
-    entropy = -old_logprobs[sampled.bool()].mean()  # as the samples estimate it
-    stats |= {"loss": loss, "entropy": entropy}
-    return {name: value.item() for name, value in stats.items()}
+    loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, config.clip_low, config.clip_high)
+    (loss * share).backward()
+    return loss.item() * share, stats["clip_fraction"].item()
 
 
-def update(model, tokenizer, optimizer, rollouts: list[Rollout], config) -> dict:
+def update(model, tokenizer, optimizer, rollouts, config):
     """One optimizer step for each mini-batch; returns the loss of a mini-batch, and means."""
     rewards = [r.reward for r in rollouts]
     advantages = group_advantages(rewards, config.group_size, config.advantage_scale)
     for r, advantage in zip(rollouts, advantages.tolist()):
         r.advantage = advantage
     minis = chunks(rollouts, len(rollouts) // config.mini_batches)
-    # for each mini-batch its micro-batches, and what pi_old says of them, if it is not pi
-    work = [[(batch, None) for batch in micro_batches(mini, config)] for mini in minis]
+    old_logprobs = iter([])  # of each micro-batch; with one mini-batch pi is pi_old
     if config.mini_batches > 1:
+        batches = sum([micro_batches(mini, config) for mini in minis], [])
         with torch.no_grad():
-            work = [[(batch, score(model, batch, config)[0]) for batch, _ in w] for w in work]
+            old_logprobs = iter([score(model, batch, config)[0] for batch in batches])
     stats, norms = [], []
-    for mini, batches in zip(minis, work):
-        for batch, old_logprobs in batches:
-            stats.append(backward(model, batch, old_logprobs, len(batch) / len(mini), config))
+    for mini in minis:
+        for batch in micro_batches(mini, config):
+            share = len(batch) / len(mini)
+            stats.append(backward(model, batch, next(old_logprobs, None), share, config))
         if config.expert_coef:
             for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
                 loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
                 # the mean over the problems of the mini-batch
                 (loss * config.expert_coef * config.group_size / len(mini)).backward()
-        if batches or config.expert_coef:  # else no group has a signal
-            norm = clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=True)
-            norms.append(norm.item())  # before clipping
-            optimizer.step()
-            optimizer.zero_grad()
-    means = {name: mean([s[name] for s in stats]) for name in ("entropy", "clip_fraction")}
-    means |= {"loss": sum(s["loss"] for s in stats) / len(minis), "grad_norm": mean(norms)}
-    return means
+        norm = clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=True)
+        norms.append(norm.item())  # before clipping
+        optimizer.step()  # without a gradient, as where no group had a signal, nothing moves
+        optimizer.zero_grad()
+    return {
+        "loss": sum(loss for loss, _ in stats) / len(minis),
+        "clip_fraction": fmean([clipped for _, clipped in stats] or [0]),
+        "grad_norm": fmean(norms),
+    }
 
 
-def chunks(rows: list, size: int):
+def chunks(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def mean(values):
-    return sum(values) / max(1, len(values))
-
-
-# ---- Evaluation: unguided by construction ----------------------------------------
-
-
-def evaluate(model, tokenizer, problems: list[Problem], config: Config) -> dict:
+# ---- Evaluation, unguided by construction, and training ----
+def evaluate(model, tokenizer, problems, config):
     """Accuracy without a guide, {difficulty: [mean, its standard error], ..., "mean": [...]}."""
-    n, unguided = config.eval_samples, [False] * len(problems)
-    solved = defaultdict(list)  # the share of a problem's samples, by difficulty
-    for group in chunks(rollout(model, tokenizer, problems, unguided, config, n), n):
-        solved[group[0].problem.difficulty].append(mean([r.solved for r in group]))
-    table = {k: [mean(s), pstdev(s) / len(s) ** 0.5] for k, s in sorted(solved.items())}
+    asked = [(p, False) for p in problems]
+    solved = {}  # the share of a problem's samples, by difficulty
+    for group in rollout(model, tokenizer, asked, config, config.eval_samples):
+        shares = solved.setdefault(group[0].problem.difficulty, [])
+        shares.append(fmean([r.solved for r in group]))
+    table = {k: [fmean(s), pstdev(s) / len(s) ** 0.5] for k, s in sorted(solved.items())}
     means, errors = zip(*table.values())
     # every difficulty weighs the same
-    return table | {"mean": [mean(means), math.hypot(*errors) / len(errors)]}
+    return table | {"mean": [fmean(means), math.hypot(*errors) / len(errors)]}
 
 
-# ---- Training --------------------------------------------------------------------
-
-
-def train_step(model, tokenizer, optimizer, problems: list[Problem], step: int, config):
+def train_step(model, tokenizer, optimizer, problems, step, config):
     """Sample, reward, learn; returns the rollouts and the metrics."""
     torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
-    rng = random.Random(f"{config.seed} {step}")
-    batch = rng.choices(problems, k=config.prompts_per_step)
+    batch = random.Random(f"{config.seed} {step}").choices(problems, k=config.prompts_per_step)
     start = time.process_time()
-    rollouts = collect_rollouts(model, tokenizer, batch, step, config)
+    groups = collect_rollouts(model, tokenizer, batch, step, config)
+    rollouts = sum(groups, [])
     stats = update(model, tokenizer, optimizer, rollouts, config)
-    groups = chunks(rollouts, config.group_size)
-    equal = [group[0].solved for group in groups if len({r.reward for r in group}) == 1]
+    equal = [group[0].solved for group in groups if not any(r.advantage for r in group)]
     metrics = {
         "step": step,
-        "reward": mean([r.reward for r in rollouts]),
+        "reward": fmean([r.reward for r in rollouts]),
         "zero_variance_wrong": equal.count(False) / len(groups),
         "zero_variance_right": equal.count(True) / len(groups),
-        "completion_length": mean([sum(r.sampled) for r in rollouts]),
-        "truncated": mean([not r.ended for r in rollouts]),
-        "guided": mean([r.guided for r in rollouts]),
-        "leak_rate": mean([r.problem.leaky for r in rollouts if r.guided]),
+        "completion_length": fmean([sum(r.sampled) for r in rollouts]),
+        "truncated": fmean([not r.ended for r in rollouts]),
+        "guided": fmean([r.guided for r in rollouts]),
         "seconds_processor": time.process_time() - start,
     }
     return rollouts, metrics | stats
 
 
-def loggable(r: Rollout, step: int) -> dict:
+def loggable(r, step):
     guide = r.problem.guide if r.guided else ""
     row = {"step": step, "question": r.problem.question, "guide": guide}
     return row | {"completion": r.text, "reward": r.reward}
 
 
-def train(config: Config) -> Path:
+def train(config):
     """From the base, or the checkpoint, to config.steps; returns the run folder."""
     torch.set_num_threads(config.threads)
     model, tokenizer = load_model(config.model, config)
     problems = load_problems(config.data, config.guide, tokenizer, config)
-    tests = load_problems(config.test_data, "none", tokenizer, config, split="test")
+    tests = load_problems(config.test_data, "none", tokenizer, config, "test")
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
-    data = zlib.crc32(repr([problems, tests]).encode())
+    free = {"resume": "", "steps": 1, "device": "", "micro_batch": 1}  # what may change
+    fingerprint = zlib.crc32(repr([replace(config, **free), problems, tests]).encode())
     folder = open_run(config)
     print(f"if it is stopped: python smepo.py --resume {folder}")
-    done = restore(folder, model, optimizer, data)
-    if done == 0:
-        print(f"\n{problems[0].question}\n\nguide:\n{problems[0].guide}\n")
-        torch.manual_seed(config.seed)
-        before = {"step": 0, "pass@1": evaluate(model, tokenizer, tests, config)}
-        append(folder / "metrics.jsonl", [before])
-    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps)
+    done = restore(folder, model, optimizer, fingerprint)
+    print(f"\n{problems[0].question}\n\nguide:\n{problems[0].guide}\n")
+    torch.manual_seed(config.seed)
+    bar = tqdm(range(done + 1, config.steps + 1))
     for step in bar:
-        rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
+        rollouts, metrics = [], {"step": step}
+        if step > 0:
+            rollouts, metrics = train_step(model, tokenizer, optimizer, problems, step, config)
+            bar.set_postfix(reward=metrics["reward"])
         point = step == config.steps or step % config.eval_every == 0
         if point:
             metrics["pass@1"] = evaluate(model, tokenizer, tests, config)
-        bar.set_postfix(reward=metrics["reward"])
-        append(folder / "metrics.jsonl", [metrics])
-        append(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
+        write(folder / "metrics.jsonl", [metrics])
+        write(folder / "rollouts.jsonl", [loggable(r, step) for r in rollouts])
         if point:
-            save_checkpoint(folder, model, optimizer, step, data)
+            save_checkpoint(folder, model, optimizer, step, fingerprint)
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
     return folder
 
 
-# ---- Data and models -------------------------------------------------------------
-
-
-def read_rows(path: str, split: str):
+# ---- Data and models ----
+def read_rows(path, split):
     """Of a jsonl or parquet file, a folder with one for each split, or hub/id:configuration."""
     if Path(path).is_dir():
         files = [*Path(path).glob(f"{split}*.jsonl"), *Path(path).glob(f"{split}*.parquet")]
         if not files:
             raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
         return [row for file in sorted(files) for row in read_rows(str(file), split)]
-    if path.endswith("jsonl"):  # not by `datasets`, which guesses types: a date, a rounded number
+    if path.endswith("jsonl"):  # `datasets` would guess types: a date, a rounded number
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]
     if path.endswith("parquet"):
@@ -765,117 +705,101 @@ def read_rows(path: str, split: str):
 def load_model(path, config):
     """The model, in float32, and its tokenizer; without a path the toy's base."""
     logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     path = path or TASKS / config.task / "base"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    settings = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
-    faults = {
-        "its tokenizer has no eos_token": tokenizer.eos_token is None,
-        "it has fewer rows than tokens": len(tokenizer) > len(model.get_input_embeddings().weight),
-        "weights are missing, they would be random": info["missing_keys"],
-    }
-    for fault, found in faults.items():
-        if found:
-            raise UserError(f"--model {path}: {fault}")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    rows = len(model.get_input_embeddings().weight)
+    if tokenizer.eos_token is None or len(tokenizer) > rows:
+        raise UserError(f"--model {path}: no eos_token, or more tokens than its {rows} embeddings")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    # several EOS ids are kept; what else the folder recommends would bend the rollouts
+    # what its generation_config recommends beside the EOS would bend the rollouts
     eos_ids = torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
     model.to(config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if model.device.type != "cpu":  # the weights stay float32
-        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model.eval(), tokenizer  # no dropout: it would bend the ratio
 
 
-PLAIN_TEMPLATE = (  # for base models
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message.role | capitalize }}: {{ message.content }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+{{ message.role | capitalize }}: {{ message.content }}
+
+{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""  # for base models
 
 
-# ---- The run folder: at whatever instant the process dies, --resume works --------
-
-
+# ---- The run folder: whenever the process dies, --resume works ----
 @contextmanager
-def replacing(path: Path):
-    """All of a file or nothing: it is written aside, then swapped in."""
+def replacing(path):
+    """All of a file or nothing: written aside, then swapped in."""
     new = path.with_name(path.name + ".new")
     yield new
     os.replace(new, path)
 
 
-def open_run(config) -> Path:
-    """The run folder, with the settings in it: that of --resume, or a new one."""
+def open_run(config):
+    """The run folder, that of --resume or a new one with the settings in it."""
+    if config.resume:
+        return Path(config.resume)
     name = f"runs/{Path(config.domain).name}-{config.guide}-{config.guide_when}-seed{config.seed}"
-    folder = Path(config.resume or config.out or name)
-    for number in itertools.count(2):
+    folder = Path(config.out or name)
+    for number in range(2, 10_000):
         try:
-            folder.mkdir(parents=True, exist_ok=bool(config.resume))
+            (folder / "checkpoint").mkdir(parents=True)
             break
         except FileExistsError:
             if config.out:
                 raise
             folder = Path(f"{name}-{number}")
-    with replacing(folder / "config.json") as new:
-        new.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
+    Path(folder, "config.json").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
     return folder
 
 
-def save_checkpoint(folder: Path, model, optimizer, step: int, data: int):
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "data": data}  # a step seeds its own sampling: no random state
+def save_checkpoint(folder, model, optimizer, step, fingerprint):
+    weights = model.state_dict(), optimizer.state_dict()  # a step seeds its own sampling
     with replacing(folder / "checkpoint" / "training.pt") as new:
-        torch.save(state, new)
+        torch.save([step, fingerprint, *weights], new)
 
 
-def restore(folder: Path, model, optimizer, data: int) -> int:
-    """Go back to the checkpoint, with the logs; returns the steps that it has, or 0."""
+def restore(folder, model, optimizer, fingerprint):
+    """Go back to the checkpoint, with the logs; returns its step, -1 if there is none."""
     checkpoint, done = folder / "checkpoint" / "training.pt", -1
-    checkpoint.parent.mkdir(exist_ok=True)
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["data"] != data:
-            raise UserError(f"--resume {folder}: the data have changed since")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        done, saved, *weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved != fingerprint:
+            raise UserError(f"--resume {folder}: its settings or its data are others now")
+        model.load_state_dict(weights[0])
+        optimizer.load_state_dict(weights[1])
     for log in folder / "metrics.jsonl", folder / "rollouts.jsonl":
         log.touch()
         kept = [record for record in read_records(log) if record["step"] <= done]
         with replacing(log) as new:  # what is later is run and written again
-            new.write_bytes(b"")
-            append(new, kept)
-    return max(done, 0)
+            write(new, kept, "w")
+    return done
 
 
-def append(path, records):
-    with open(path, "a", encoding="utf-8") as file:
+def write(path, records, mode="a"):
+    with open(path, mode, encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_records(path):
-    """The lines of a log; one that the death of the process has torn is none."""
+    """The lines of a log, but for a torn last one."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-# ---- Main ------------------------------------------------------------------------
-
-
-def report(folder: Path):
-    """The table before -> after, and curve.png where matplotlib is there to draw it."""
-    records = read_records(folder / "metrics.jsonl")
-    points = [record for record in records if "pass@1" in record]
+# ---- Main ----
+def report(folder):
+    """The table before -> after, and curve.png if matplotlib is there."""
+    points = [r for r in read_records(folder / "metrics.jsonl") if "pass@1" in r]
     first, last = points[0], points[-1]
     print(f"\nunguided accuracy  step 0           step {last['step']:<11} change")
     for level, (before, error) in first["pass@1"].items():
         after, e = last["pass@1"][level]
         row = f"{before:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - before:+.3f}"
         print(f"difficulty {level:<6}  {row}")
-    print(f"\n{folder} holds metrics.jsonl, rollouts.jsonl and checkpoint/")
+    print(f"\n{folder} holds metrics.jsonl, rollouts.jsonl, checkpoint/")
     try:
         from tiny_tasks import plots
     except ModuleNotFoundError:
@@ -883,9 +807,9 @@ def report(folder: Path):
     plots.draw_run(folder)
 
 
-def parse(arguments) -> Config:
+def parse(arguments):
     """Flags to Config; with --resume the settings of that run are the defaults."""
-    parser = HfArgumentParser(Config, exit_on_error=False, allow_abbrev=False, add_help=False)
+    parser = HfArgumentParser(Config, exit_on_error=False, add_help=False)
     given, rest = parser.parse_known_args(arguments)
     if rest:
         command = f"python -m tiny_tasks.{rest[0]}" if rest[0].isalpha() else "--help"
@@ -893,21 +817,16 @@ def parse(arguments) -> Config:
     if given.resume:
         saved = json.loads(Path(given.resume, "config.json").read_text(encoding="utf-8"))
         given = parser.parse_args(arguments, argparse.Namespace(**saved))
-        changed = {name for name, value in vars(given).items() if value != saved[name]}
-        changed -= {"resume", "steps", "device", "micro_batch"}
-        if changed:
-            raise UserError(f"--resume {given.resume}: it was started with other {changed}")
     return Config(**vars(given))
 
 
 NOT_LEARNED = """
-It computes more carefully now, also without a guide. It has not learned to plan five operations,
-for the guide did that. A guide that fades teaches both, in two minutes:
+It computes more carefully now, also unguided. It has not learned to plan five operations: the
+guide did that. A guide that fades teaches both, in two minutes:
 python smepo.py --guide_when fade --learning_rate 4e-4 --advantage_scale none --steps 100"""
 
 
-def main(arguments=None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(arguments):
     if "--help" in arguments:
         print(inspect.getsource(Config).partition("\n\n    def")[0])
         return 0
@@ -925,7 +844,7 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    import smepo  # this file as the module that domains import: one Config, one UserError
+    import smepo  # the module that domains import: one Config, one UserError
 
     sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
-    sys.exit(smepo.main())
+    sys.exit(smepo.main(sys.argv[1:]))

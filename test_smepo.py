@@ -61,13 +61,13 @@ def test_flags_reach_the_config():
     config = settings(guide="random", clip_low=0.1, out="x", guide_when="fade")
     assert smepo.parse(flags(config)) == config
     assert smepo.parse([]) == Config()
-    assert Config(clip_low=0, expert_coef=0, prefix_ratio=1, learning_rate=1e-6).clip_low == 0
+    assert Config(clip_low=0, expert_coef=0, learning_rate=1e-6).clip_low == 0
 
 
 @pytest.mark.parametrize(
     "flag",
     "steps 0|steps many|guide half|group_size 1|guide_when sometimes|guide_when 1.5|temperature 0"
-    "|mini_batches 3|seed -1|seed 100000000000000000|prefix_ratio nan|clip_low -3|fade_until 0"
+    "|mini_batches 3|seed -1|seed 100000000000000000|clip_high nan|clip_low -3"
     "|model no/such/folder|data none.jsonl|max_prompt_tokens 10|nonsense 1".split("|"),
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, flag):
@@ -128,7 +128,7 @@ def test_guide_arms():
         assert prefix == "\n".join(TRACE.split("\n")[:count])
 
 
-def test_a_new_domain_is_one_module(tmp_path, base, monkeypatch):
+def test_a_new_domain_is_one_module(tmp_path, base, monkeypatch, capsys):
     domain = Domain(
         spans=lambda trace, _: [(*m.span(), "[COLOR]") for m in re.finditer("red|blue", trace)],
         leaks=lambda masked, answer: answer in masked,
@@ -139,15 +139,17 @@ def test_a_new_domain_is_one_module(tmp_path, base, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", [row])
     config = settings(domain="my_colors")
     (p,) = smepo.load_problems(path, "semantic", base[1], config)
-    assert p.guide == "It is [COLOR], not [COLOR]." and not p.leaky
+    assert p.guide == "It is [COLOR], not [COLOR]."
     assert smepo.reward("a red one", "red", "my_colors") == 1.0
-    assert smepo.load_problems(path, "full", base[1], config)[0].leaky
+    smepo.load_problems(path, "full", base[1], config)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"train: 1 of 1 prompts fit, {n} leak the answer" for n in (0, 1)]
 
 
 def test_prompt_is_question_then_guide_as_a_finished_turn_then_an_open_turn(tmp_path, base):
     path = write_rows(tmp_path / "rows.jsonl", [GOOD | {"difficulty": 5}])
     (p,) = smepo.load_problems(path, "semantic", base[1], settings(system="Compute"))
-    assert (p.answer, p.difficulty, p.leaky) == ("2", "5", False)
+    assert (p.answer, p.difficulty) == ("2", "5")
     assert p.guide == "Step 1: [NUMBER] + [NUMBER] = [NUMBER].\nThe answer is [NUMBER]."
     asked = "<|system|>Compute<|end|><|user|>Compute 1 + 1<|end|><|assistant|>"
     shown = f"Here is an example solution:\n{p.guide}<|end|><|assistant|>"
@@ -177,8 +179,8 @@ DROPS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}!
         (CHATML, "solution:\nt<|im_end|>\n<|im_start|>assistant\n"),
         (LLAMA_3, "solution:\nt<|eot|><|h|>assistant<|/h|>\n\n"),
         (smepo.PLAIN_TEMPLATE, "solution:\nt\n\nAssistant:"),
-        (LLAMA_2, "chat template opens no turn after the question or the guide"),
-        (DROPS, "chat template drops a part of the question or of the guide"),
+        (LLAMA_2, "opens no turn after them"),
+        (DROPS, "the chat template drops question or guide, or opens no turn after them"),
     ],
     ids=["ChatML", "Llama-3", "plain", "Llama-2", "drops"],
 )
@@ -241,21 +243,20 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, capsys, base):
     config = settings(max_prompt_tokens=70)
     (p,) = smepo.load_problems(path, "full", base[1], config)
     assert p.guide == GOOD["teacher_ds"]
-    assert "1 of 3 train prompts fit into --max_prompt_tokens" in capsys.readouterr().out
+    assert "train: 1 of 3 prompts fit" in capsys.readouterr().out
     assert len(smepo.load_problems(path, "none", base[1], config)) == 2  # without its guide
     config.max_prompt_tokens = len(p.prompts[True])
     assert len(smepo.load_problems(path, "full", base[1], config)) == 1
     config.max_prompt_tokens -= 1
-    with pytest.raises(UserError, match="the shortest prompt has"):
+    with pytest.raises(UserError, match="the shortest prompts have"):
         smepo.load_problems(path, "full", base[1], config)
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda m, t: setattr(t, "eos_token", None), "has no eos_token"),
-        (lambda m, t: t.add_tokens(["one", "more"] * 99), "fewer rows than tokens"),
-        (lambda m, t: m.model.layers.__delitem__(2), "they would be random"),
+        (lambda m, t: setattr(t, "eos_token", None), "no eos_token"),
+        (lambda m, t: t.add_tokens(["one", "more"] * 99), "more tokens than its"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(tmp_path, capsys, fresh_base, damage, message):
@@ -300,18 +301,23 @@ def test_rollouts_carry_what_was_sampled_and_are_rewarded_in_one_call(base, monk
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(DOMAIN=domain))
     monkeypatch.setattr(smepo, "sample", sample)
     p, q = problem(base), problem(base, answer="17")
-    guided = [True, False, True, False]
-    rollouts = smepo.rollout(*base, [p, p, q, q], guided, settings(domain="mine"))
+    asked = [(p, True), (q, False)]
+    groups = smepo.rollout(*base, asked, settings(domain="mine"), 2)
     a, b, c, d = base[1].batch_decode([[20], [21], [22], [23, 24]])
     rewards.assert_called_once_with([a, "", c, ""], ["16", "16", "17", "17"])
+    rollouts = sum(groups, [])
     assert sample.call_args.args[1] == [r.prompt_ids for r in rollouts]
-    assert rollouts == [
-        Rollout(p, True, p.prompts[1], [20, eos], [1, 1], a, True, 0.2, False),
-        Rollout(p, False, p.prompts[0], [21], [1], b, False, 1.0, True),
-        Rollout(q, True, q.prompts[1], [22, eos], [1, 1], c, True, 0.0, False),
-        Rollout(q, False, q.prompts[0], [23, 24], [1, 1], d, False, 0.5, True),
+    assert groups == [
+        [
+            Rollout(p, True, p.prompts[1], [20, eos], [1, 1], a, True, 0.2, False),
+            Rollout(p, True, p.prompts[1], [21], [1], b, False, 1.0, True),
+        ],
+        [
+            Rollout(q, False, q.prompts[0], [22, eos], [1, 1], c, True, 0.0, False),
+            Rollout(q, False, q.prompts[0], [23, 24], [1, 1], d, False, 0.5, True),
+        ],
     ]
-    assert [smepo.loggable(r, 1)["guide"] for r in rollouts] == [p.guide, "", q.guide, ""]
+    assert [smepo.loggable(r, 1)["guide"] for r in rollouts] == [p.guide, p.guide, "", ""]
 
 
 def test_a_fraction_is_drawn_by_seed_step_and_question():
@@ -329,7 +335,7 @@ def test_a_fraction_is_drawn_by_seed_step_and_question():
 
 
 def test_fading_falls_from_always_to_never_in_the_first_part_of_the_steps():
-    config = settings(guide_when="fade", steps=100, fade_until=0.6)
+    config = settings(guide_when="fade", steps=100)
     problems = [Problem(f"question {i}", "") for i in range(1000)]
     for step, chance in ((0, 1.0), (15, 0.75), (30, 0.5), (59, 1 / 60), (60, 0), (100, 0)):
         shown = [smepo.shows_guide(p, step, config) for p in problems]
@@ -341,10 +347,11 @@ def test_a_schedule_is_asked_once_for_a_group_and_step(base, monkeypatch):
     shows_guide = Mock(side_effect=[True, False] * 3)
     monkeypatch.setattr(smepo, "shows_guide", shows_guide)
     problems = [problem(base, question=f"Compute {i} + 1", answer="9") for i in range(4)]
-    rollouts = smepo.collect_rollouts(*base, problems, 1, settings(max_new_tokens=2))
+    groups = smepo.collect_rollouts(*base, problems, 1, settings(max_new_tokens=2))
     asked = [call.args[0] for call in shows_guide.call_args_list]
     assert asked == problems + problems[1::2]  # the unguided ones, once they have failed
-    for group in smepo.chunks(rollouts, 4):
+    assert [len(group) for group in groups] == [4] * 4
+    for group in groups:
         assert len({(r.guided, tuple(r.prompt_ids)) for r in group}) == 1
 
 
@@ -352,16 +359,15 @@ def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(ba
     problems = [problem(base, answer=str(i)) for i in range(4)]
     passes = []
 
-    def rollout(model, tokenizer, problems, guided, config, n):
-        pairs = list(zip(problems, guided, strict=True))
-        passes.append([(p.answer, g) for p, g in pairs])
+    def rollout(model, tokenizer, asked, config, n):
+        passes.append([(p.answer, g) for p, g in asked])
         rewards = {"1": [0.2, 1.0], "3": [1.0, 0.2]}  # 0.2 is a part, and not solved
-        rows = [(p, g, r) for p, g in pairs for r in rewards.get(p.answer, [0.2, 0.2])]
-        return [Rollout(p, g, [], [2], [1], "", True, r, r == 1) for p, g, r in rows]
+        rows = [(p, g, rewards.get(p.answer, [0.2, 0.2])) for p, g in asked]
+        return [[Rollout(p, g, [], [2], [1], "", True, r, r == 1) for r in R] for p, g, R in rows]
 
     monkeypatch.setattr(smepo, "rollout", rollout)
     config = settings(guide_when="on-failure", group_size=2)
-    rollouts = smepo.collect_rollouts(None, None, problems, 1, config)
+    rollouts = sum(smepo.collect_rollouts(None, None, problems, 1, config), [])
     assert passes == [[(answer, False) for answer in "0123"], [("0", True), ("2", True)]]
     assert [r.guided for r in rollouts] == [True, True, False, False] * 2
     assert [r.problem.answer for r in rollouts] == list("00112233")
@@ -488,7 +494,7 @@ def test_zero_variance_groups_move_nothing_and_cost_no_forward(fresh_base, monke
     monkeypatch.setattr(smepo, "token_logprobs", lambda *_: pytest.fail("scored a useless group"))
     rollouts = make_group(fresh_base, [1.0] * 4) + make_group(fresh_base, [0.0] * 4)
     stats = updated(fresh_base, rollouts, learning_rate=1.0)
-    assert stats == {"loss": 0, "grad_norm": 0, "clip_fraction": 0, "entropy": 0}
+    assert stats == {"loss": 0, "grad_norm": 0, "clip_fraction": 0}
     assert all(map(torch.equal, before, fresh_base[0].parameters()))
 
 
@@ -526,14 +532,6 @@ def test_each_mini_batch_takes_one_clipped_step_with_fresh_gradients(fresh_base,
     assert all(p.grad is None for p in parameters)  # nothing is carried over
 
 
-def test_entropy_leaves_out_what_was_told(fresh_base):
-    rollouts = make_group(fresh_base, [1.0, 0, 0, 0])
-    expected = -sum(unpadded_logprobs(fresh_base[0], r)[-1].item() for r in rollouts) / 4
-    for r in rollouts:
-        r.sampled[:-1] = [0] * (len(r.ids) - 1)  # the EOS alone was sampled
-    assert updated(fresh_base, rollouts)["entropy"] == pytest.approx(expected, rel=1e-3)
-
-
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(fresh_base, monkeypatch):
     before = [p.clone() for p in fresh_base[0].parameters()]
     stats = {"clip_fraction": torch.tensor(0.0)}
@@ -551,21 +549,27 @@ def test_metrics_of_a_step_by_hand(base, monkeypatch):
 
     rollouts = [
         *group(p, True, [1] * 2, [0.2] * 4),  # paid in part, not solved
-        *group(dataclasses.replace(p, leaky=True), True, [1] * 4, [1.0] * 4),
+        *group(p, True, [1] * 4, [1.0] * 4),
         *group(p, False, [1, 1, 0, 1, 1, 1, 1], [1.0, 0.0] * 2),  # one of seven was told
         *group(p, False, [1] * 4, [0.0] * 4),
     ]
     rollouts[9].ended = rollouts[11].ended = False
-    collect_rollouts = Mock(return_value=rollouts)
+
+    def update(_, __, ___, given, config):
+        for r in given[8:12]:
+            r.advantage = 1.0  # the others have no signal
+        return {"loss": 0.5}
+
+    collect_rollouts = Mock(return_value=smepo.chunks(rollouts, 4))
     monkeypatch.setattr(smepo, "collect_rollouts", collect_rollouts)
-    monkeypatch.setattr(smepo, "update", lambda *_: {"loss": 0.5})
+    monkeypatch.setattr(smepo, "update", update)
     returned, metrics = smepo.train_step(*base, None, [p], 7, settings())
     assert collect_rollouts.call_args.args[2:4] == ([p] * 4, 7)
     expected = {"step": 7, "reward": 6.8 / 16, "completion_length": 4.0, "truncated": 2 / 16}
     expected |= {"zero_variance_wrong": 0.5, "zero_variance_right": 0.25, "guided": 0.5}
-    expected |= {"leak_rate": 0.5, "loss": 0.5}
+    expected |= {"loss": 0.5}
     del metrics["seconds_processor"]
-    assert returned is rollouts and metrics == pytest.approx(expected)
+    assert returned == rollouts and metrics == pytest.approx(expected)
 
 
 def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
@@ -573,11 +577,12 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
     q = dataclasses.replace(p, difficulty="5")
     pairs = zip([p, p, p, p, q, q, q, q], [1, 1, 0, 1, 0, 0, 0, 1], strict=True)
     rollouts = [Rollout(x, False, [], [], [], "", True, 0.5, solved) for x, solved in pairs]
-    rollout = Mock(return_value=rollouts)
+    rollout = Mock(return_value=smepo.chunks(rollouts, 2))
     monkeypatch.setattr(smepo, "rollout", rollout)
     config = settings(eval_samples=2)
     table = smepo.evaluate(None, None, [p, p, q, q], config)
-    rollout.assert_called_once_with(None, None, [p, p, q, q], [False] * 4, config, 2)
+    asked = [(p, False), (p, False), (q, False), (q, False)]
+    rollout.assert_called_once_with(None, None, asked, config, 2)
     assert table["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
     assert table["5"] == pytest.approx([0.25, 0.25 / 2**0.5])
     assert table["mean"] == pytest.approx([0.5, 0.125])
@@ -600,7 +605,7 @@ def test_a_run_writes_what_it_promises_and_the_same_seed_writes_the_same(tmp_pat
     mean, error = steps[-1]["pass@1"]["mean"]
     assert f"{mean:.3f} ± {error:.3f}    {mean - before['pass@1']['mean'][0]:+.3f}" in shown
     promised = {"reward", "zero_variance_wrong", "zero_variance_right", "completion_length"}
-    promised |= {"truncated", "entropy", "clip_fraction", "grad_norm", "loss"}
+    promised |= {"truncated", "guided", "clip_fraction", "grad_norm", "loss"}
     assert all(promised <= set(step) for step in steps)
     rollouts = read_log(folder / "rollouts.jsonl")
     assert len(rollouts) == 4 * 4 * 4
@@ -660,12 +665,12 @@ def test_resume_goes_on_for_more_steps_and_refuses_other_settings_and_data(whole
         assert smepo.main(["--resume", "mine", "--steps", "3"]) == 0
         assert_same_run(whole[0], folder)
     message = refused(capsys, ["--resume", "mine", "--learning_rate", "0.5"])
-    assert message == "smepo.py: --resume mine: it was started with other {'learning_rate'}"
+    assert message == "smepo.py: --resume mine: its settings or its data are others now"
     assert "nowhere/config.json" in refused(capsys, ["--resume", "nowhere"])
     data = Path(whole[1].data)
     before = data.read_bytes()
     data.write_bytes(before.replace(b"Compute", b"Calculate", 1))
-    assert "the data have changed" in refused(capsys, ["--resume", "mine"])
+    assert refused(capsys, ["--resume", "mine"]) == message
     data.write_bytes(before)
 
 
@@ -674,7 +679,7 @@ def test_runs_without_a_name_are_counted_and_none_is_overwritten(capsys):
     assert names == [f"math-semantic-fade-seed7{end}" for end in ("", "-2", "-3")]
     folder = str(smepo.open_run(Config(guide="none")))
     assert folder == str(Path("runs/math-none-always-seed0"))
-    assert f"File exists: '{folder}'" in refused(capsys, ["--out", folder])
+    assert "File exists" in refused(capsys, ["--out", folder])
     # the paths of a task are not written, so that a clone can move
     assert smepo.parse(["--resume", folder]) == Config(guide="none", resume=folder)
 

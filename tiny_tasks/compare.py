@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -58,6 +59,8 @@ def run_one(folder: Path, arm: str, config: smepo.Config) -> None:
     for name in "task", "seed", "steps", "learning_rate":
         result[name] = getattr(config, name)
     result |= curves(smepo.read_records(folder / "metrics.jsonl"))
+    problems = smepo.read_problems(config.data, config.guide, config)
+    result["leak_rate"] = fmean(smepo.leaks(p.guide, p.answer, config.domain) for p in problems)
     result |= measure(folder, replace(config, eval_samples=8))
     with smepo.replacing(folder / "result.json") as new:
         new.write_text(json.dumps(result), encoding="utf-8")
@@ -71,10 +74,7 @@ def curves(records: list[dict]) -> dict:
         if "pass@1" in record:
             point = {"step": record["step"], "seconds": round(seconds, 2)}
             points.append(point | rounded(record["pass@1"]))
-    rewards = [record["reward"] for record in records[1:]]
-    leak_rates = [record["leak_rate"] for record in records[1:]]
-    means = {"reward": smepo.mean(rewards[-5:]), "leak_rate": smepo.mean(leak_rates)}
-    return {"points": points} | means
+    return {"points": points, "reward": fmean(record["reward"] for record in records[1:][-5:])}
 
 
 def rounded(accuracy: dict[str, list[float]]) -> dict[str, float]:
@@ -95,8 +95,8 @@ def measure(folder: Path, config: smepo.Config) -> dict:
 @torch.no_grad()
 def hint_reliance(model, tokenizer, problems: list[smepo.Problem], config) -> float | None:
     """Mean of log pi(o | x, guide) - log pi(o | x) in nats, over right guided rollouts o."""
-    rollouts = smepo.rollout(model, tokenizer, problems, [True] * len(problems), config)
-    right = [rollout for rollout in rollouts if rollout.solved]
+    groups = smepo.rollout(model, tokenizer, [(p, True) for p in problems], config)
+    right = [rollout for group in groups for rollout in group if rollout.solved]
     if not right:
         return None
     alone = [replace(rollout, prompt_ids=rollout.problem.prompts[False]) for rollout in right]

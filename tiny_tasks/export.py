@@ -48,21 +48,21 @@ def main(arguments: list[str] | None = None) -> None:
     if not problems:
         raise smepo.UserError(f"{config.data} has no rows")
     to_row = to_trl if given.format == "trl" else to_verl
+    leaky = [smepo.leaks(p.guide, p.answer, config.domain) for p in problems]
     rows = []
     for index, problem in enumerate(problems):
-        if given.leaks == "keep" or not problem.leaky:
+        if given.leaks == "keep" or not leaky[index]:
             messages = smepo.build_messages(problem.question, problem.guide, config.system)
             rows.append(to_row(messages, problem, config.domain, index))
-    leaky = sum(problem.leaky for problem in problems)
     if not rows:
-        raise smepo.UserError(f"nothing to write: all {leaky} guides leak, see --leaks keep")
+        raise smepo.UserError(f"nothing to write: all {len(leaky)} guides leak, see --leaks keep")
     out.parent.mkdir(parents=True, exist_ok=True)
     with smepo.replacing(out) as new:
         if out.suffix == ".parquet":
             datasets.Dataset.from_list(rows).to_parquet(new)
         else:
             new.write_bytes(toys.to_jsonl(rows))
-    share = f"{leaky} guides leak the answer (leak rate {leaky / len(problems):.3f})"
+    share = f"{sum(leaky)} guides leak the answer (leak rate {sum(leaky) / len(leaky):.3f})"
     print(f"{given.out}: {len(rows)} of {len(problems)} rows; {share}, leaks: {given.leaks}")
 
 

@@ -133,7 +133,7 @@ def problem(base, question="Compute 7 - 6 + 3 * 5", trace=TRACE, answer="16") ->
     guide = smepo.mask_trace(trace, "math", answer)
     texts = [smepo.build_prompt(base[1], question, text) for text in ("", guide)]
     prompts = base[1](texts, add_special_tokens=False)["input_ids"]
-    return Problem(question, answer, trace, "3", guide, False, prompts)
+    return Problem(question, answer, trace, "3", guide, prompts)
 
 
 def make_group(base, rewards: list[float], guided: bool = True) -> list[Rollout]:
@@ -223,7 +223,7 @@ class Killed(BaseException):
     """Stands for the process dying at that instant: nothing catches it, nothing cleans up."""
 
 
-MANY_TIMES = {"sample": smepo, "update": smepo, "append": smepo, "save": torch, "replace": os}
+MANY_TIMES = {"sample": smepo, "update": smepo, "write": smepo, "save": torch, "replace": os}
 KILL_POINTS = MANY_TIMES | {"save_pretrained": LlamaForCausalLM}
 
 
@@ -237,7 +237,7 @@ def train_and_die(config: Config, monkeypatch, dies) -> bool:
                 when = dies(name)
                 if when == "midst" and name == "save":
                     Path(args[1]).write_bytes(b"half a file")
-                if when == "midst" and name == "append":
+                if when == "midst" and name == "write":
                     with open(args[0], "a", encoding="utf-8") as file:
                         file.write('{"step": 3, "rew')
                 if when in ("before", "midst"):

@@ -135,9 +135,9 @@ def calibrate(toy, model, tokenizer, config: smepo.Config, count: int = 1000) ->
                 row |= {"teacher_ds": trace, "reward_model": {"ground_truth": truth}}
         shown = guide.replace("altered", "full")
         problems = load_rows(rows, shown, tokenizer, config)
-        guided = [guide != "none"] * count
-        rollouts = smepo.rollout(model, tokenizer, problems, guided, config)
-        right = [rollout for rollout in rollouts if rollout.reward]
+        asked = [(problem, guide != "none") for problem in problems]
+        groups = smepo.rollout(model, tokenizer, asked, config)
+        right = [rollout for group in groups for rollout in group if rollout.reward]
         lucky = [rollout for rollout in right if rollout.text != rollout.problem.trace]
         table[guide, k] = len(right) / count, len(lucky) / count
     return table

@@ -54,7 +54,7 @@ def find_group(model, tokenizer, config: Config) -> tuple[list[Rollout], list[st
     skipped = []
     torch.manual_seed(config.seed * 1_000_003 + STEP)  # as smepo.train_step draws them
     for problem in random.Random(f"{config.seed} {STEP}").choices(problems, k=TRIES):
-        rollouts = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
+        (rollouts,) = smepo.collect_rollouts(model, tokenizer, [problem], STEP, config)
         question, reward = mark(problem.question), rollouts[0].reward
         if any(r.reward != reward for r in rollouts) or config.guide == "full":  # there all A are 0
             return rollouts, skipped
@@ -113,7 +113,8 @@ def explain_prompt(step: Step) -> list[Section]:
     if not r.guided:
         return [question, Section("Prompt c", ["The question alone."], [[prompt]])]
     trace = mark(p.trace, smepo.hidden_spans(p.trace, config.domain, p.answer))
-    leak = f"The answer can{'' if p.leaky else 'not'} be read off it."
+    leaky = smepo.leaks(p.guide, p.answer, config.domain)
+    leak = f"The answer can{'' if leaky else 'not'} be read off it."
     c, x = sum(step.before[0]), step.bare
     reads = [
         "The rollouts are sampled from c, so π and π_old of the ratio are given c, guide and all.",

@@ -84,7 +84,7 @@ def test_the_line_of_data_in_the_readme_is_read(tmp_path):
     (line,) = re.findall(r"```json\n(.*)\n```", README)
     path = write_rows(tmp_path / "rows.jsonl", [json.loads(line)])
     (p,) = smepo.read_problems(path, "semantic", smepo.Config())
-    assert (p.answer, p.difficulty, p.leaky) == ("16", "3", False)
+    assert (p.answer, p.difficulty) == ("16", "3")
 
 
 def test_the_schedule_in_the_readme_runs(few, monkeypatch):

@@ -77,7 +77,7 @@ def test_several_eos_ids_of_the_model_folder_all_end_a_completion(base, tmp_path
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [newline]}), "utf-8")
     model, tokenizer = smepo.load_model(path, settings())
     assert model.generation_config.eos_token_id == sorted([tokenizer.eos_token_id, newline])
-    rollouts = smepo.rollout(model, tokenizer, [problem(base)] * 8, [True] * 8, settings())
+    (rollouts,) = smepo.rollout(model, tokenizer, [(problem(base), True)], settings(), 8)
     assert all(r.ended and r.ids.index(newline) == len(r.ids) - 1 for r in rollouts)
 
 
@@ -93,7 +93,7 @@ def test_long_calls_are_split_and_completions_cut_at_the_limit(base, monkeypatch
     spy = Mock(wraps=base[0].generate)
     monkeypatch.setattr(base[0], "generate", spy)
     config = settings(generate_batch=8, max_new_tokens=5)
-    rollouts = smepo.rollout(*base, [problem(base)] * 20, [True] * 20, config)
+    (rollouts,) = smepo.rollout(*base, [(problem(base), True)], config, 20)
     assert [len(call.args[0]) for call in spy.call_args_list] == [8, 8, 4]
     assert [len(r.ids) for r in rollouts] == [5] * 20
     assert not any(r.ended or r.reward for r in rollouts)

@@ -73,8 +73,8 @@ def test_the_verdicts_reach_the_rollouts(tmp_path):
     model, tokenizer = smepo.load_model(config.model, config)
     problems = smepo.load_problems(config.data, "semantic", tokenizer, config)
     torch.manual_seed(0)
-    batch = [p for p in problems for _ in range(4)]
-    rollouts = smepo.rollout(model, tokenizer, batch, [True] * 48, config)
+    asked = [(p, True) for p in problems]
+    rollouts = sum(smepo.rollout(model, tokenizer, asked, config, 4), [])
     for r in rollouts:
         assert r.reward == (smepo.reward(r.text, r.problem.answer, "code") if r.ended else 0.0)
     assert 0 < sum(r.solved for r in rollouts) < 48

@@ -190,7 +190,8 @@ def test_dialogues_of_the_base_score_as_they_were_sampled(searcher):
     config = settings(task="search")
     problems = smepo.load_problems("", "semantic", tokenizer, config, "test")[::40]
     torch.manual_seed(0)
-    rollouts = smepo.rollout(model, tokenizer, problems, [i % 2 == 0 for i in range(25)], config)
+    asked = [(p, i % 2 == 0) for i, p in enumerate(problems)]
+    rollouts = sum(smepo.rollout(model, tokenizer, asked, config), [])
     for r in rollouts:
         told = tokenizer.decode([t for t, one in zip(r.ids, r.sampled, strict=True) if not one])
         assert told == "".join(match[0] for match in dialogue.TOLD.finditer(r.text))
