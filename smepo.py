@@ -10,24 +10,25 @@ reward depends on (in math, the numbers):
     shown        Step 1: [NUMBER] * [NUMBER] = [NUMBER]. Step 2: [NUMBER] - ...
 
 The policy follows the plan but must reconstruct every value. All else is on-policy GRPO with
-another prompt c, and the evaluation shows no trace. Each line is a function below:
+another prompt c, and the evaluation shows no trace. By function:
 
-    context    c = x + mask(trace)                                guide_trace, build_prompt
-    rollouts   o_1..o_G ~ pi_old(. | c)                           rollout
-    reward     r_i = verifier(o_i, a), 1 if right                 math_rewards
-    advantage  A_i = (r_i - mean r) / (std r + eps)               group_advantages
-    ratio      rho_t = pi(o_t | c, o_<t) / pi_old(o_t | c, o_<t)  token_logprobs
-    loss       -1/(BG) sum_i 1/|o_i| sum_t min(rho A, clip(rho, 1-low, 1+high) A)
-                                                                  policy_loss
+    guide_trace       c = x + mask(trace), as build_prompt writes it
+    rollout           o_1..o_G ~ pi_old(. | c)
+    math_rewards      r_i = verifier(o_i, a), 1 if right
+    group_advantages  A_i = (r_i - mean r) / (std r + eps)
+    token_logprobs    log pi(o_t | c, o_<t), for the ratio rho_t = pi / pi_old
+    policy_loss       -1/(BG) sum_i 1/|o_i| sum_t min(rho_t A_i, clip(rho_t, 1-low, 1+high) A_i)
+
 The ratio's context is c, guide included, in pi and in pi_old: the rollout was sampled there.
 B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion tokens, V words.
 
-The algorithm is lines 116 to 688, half an hour to read; below it are data, disk and flags. Left
+    python smepo.py                 it learns on a laptop, in a minute
+    python smepo.py --guide none    GRPO; --help lists every setting
+
+The algorithm is lines 116 to 685, half an hour to read; below it are data, disk and flags. Left
 out on purpose, but in tiny_tasks/: other schemas of data (prepare), all of mathematics
 (math_verify), code and search, arms side by side (compare), several GPUs (export); a KL term.
 """
-
-from __future__ import annotations
 
 import argparse
 import inspect
@@ -70,32 +71,31 @@ class Config:
     guide_when: str = "always"  # always, on-failure, fade, or a fraction of the problems
     task: Literal["arithmetic", "code", "search"] = "arithmetic"  # a toy: model, data, domain
     model: str = ""  # the base model, a Hugging Face folder or hub id
-    data: str = ""  # to train on: jsonl, parquet, a folder of these, a hub id
+    data: str = ""  # training problems: jsonl, parquet, folder or hub id
     test_data: str = ""  # held-out problems, asked unguided
-    domain: str = ""  # what is hidden and rewarded: math, code, search, your module
+    domain: str = ""  # what is hidden and rewarded: math, or your module
     system: str = ""  # the system prompt
-    out: str = ""  # the run folder; by default it is in runs/
+    out: str = ""  # the run folder, else one in runs/
     resume: str = ""  # the run folder to go on in
-    steps: int = 60  # rollout batches to train on (paper: 400)
+    steps: int = 60  # rollout batches (paper: 400)
     prompts_per_step: int = 16  # B, problems in a rollout batch (paper: 32)
     group_size: int = 8  # G, rollouts of each problem (paper: 8)
     mini_batches: int = 1  # optimizer steps in a rollout batch (paper: 4)
-    micro_batch: int = 128  # rollouts per forward pass; out of memory? halve it
-    generate_batch: int = 512  # rows per call of generate
+    micro_batch: int = 128  # rows per forward pass, a quarter of generate's; no memory? halve
     learning_rate: float = 2e-4  # of AdamW (paper, 8B parameters: 1e-6)
     grad_clip: float = 1.0  # largest gradient norm
-    clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
-    clip_high: float = 0.28  # and above at 1 + clip_high, so that rare tokens can grow
+    clip_low: float = 0.2  # the ratio's lower bound is 1 - clip_low
+    clip_high: float = 0.28  # its upper bound 1 + clip_high: rare tokens can grow
     advantage_scale: Literal["std", "none"] = "std"  # none: as in Dr. GRPO
-    expert_coef: float = 0.0  # weight of masked_expert_loss; not in the paper
+    expert_coef: float = 0.0  # of masked_expert_loss; not in the paper
     temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
     max_prompt_tokens: int = 256  # problems with a longer prompt are left out
     max_new_tokens: int = 64  # a rollout without an end by then earns 0
-    eval_every: int = 20  # steps between evaluations, and checkpoints
+    eval_every: int = 20  # steps between evaluations, with checkpoints
     eval_samples: int = 4  # samples of each test problem
     seed: int = 0  # same seed, same machine, same result
-    device: str = ""  # cpu, cuda, mps; by default the best there is
-    threads: int = 1  # CPU threads; a larger model wants more
+    device: str = ""  # cpu, cuda, mps; else the best there is
+    threads: int = 1  # of the CPU; a larger model wants more
 
     def __post_init__(self):
         lowest = {"seed": 0, "group_size": 2, "temperature": 0.01}
@@ -373,7 +373,7 @@ def read_problems(path, guide, config, split="train"):
         trace = row.get("teacher_ds") or ""
         if not row.get("question") or not answer or (needs_trace and not trace):
             raise UserError(
-                f"{path} row {number} has no question, reward_model.ground_truth or teacher_ds: "
+                f"{path} row {number} has no question, ground_truth or teacher_ds: "
                 f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
             )
         p = Problem(row["question"], answer, trace, str(row.get("difficulty") or "all"))
@@ -423,10 +423,8 @@ def pad(rows, device):
 
 def until_eos(ids, eos_ids):
     """The first EOS was sampled, and counts; generate has padded what follows."""
-    for t, token in enumerate(ids):
-        if token in eos_ids:
-            return ids[: t + 1]
-    return ids
+    ends = [t + 1 for t, token in enumerate(ids) if token in eos_ids]
+    return ids[: ends[0]] if ends else ids
 
 
 def sample(model, prompts, config, stops=None):
@@ -441,7 +439,7 @@ def sample(model, prompts, config, stops=None):
         pad_token_id=eos_ids[0],
     )
     completions = []
-    for part in chunks(prompts, config.generate_batch):
+    for part in chunks(prompts, 4 * config.micro_batch):
         ids, mask = pad(part, model.device)  # (N, P)
         rows = model.generate(ids, settings, attention_mask=mask, stopping_criteria=stops)
         completions += rows[:, ids.shape[1] :].tolist()  # of (N, P+T)
@@ -487,7 +485,7 @@ def collect_rollouts(model, tokenizer, problems, step, config):
     G = config.group_size
     asked = [(p, bool(p.guide and shows_guide(p, step, config))) for p in problems]
     groups = rollout(model, tokenizer, asked, config, G)
-    again = []  # the groups that get a second chance, with the guide
+    again = []  # groups that get a second chance, guided
     for i, p in enumerate(problems):
         failed = not any(r.guided or r.solved for r in groups[i])
         if failed and p.guide and shows_guide(p, step, config, failed=True):
@@ -502,7 +500,7 @@ def collect_rollouts(model, tokenizer, problems, step, config):
 def group_advantages(rewards, group_size, scale="std", eps=1e-6):
     """A_i = (r_i - mean r) / (std r + eps): rewards 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
     r = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)  # (B, G)
-    r = r - r[:, :1]  # so that equal rewards give A = 0 exactly
+    r = r - r[:, :1]  # equal rewards give A = 0, exactly
     A = r - r.mean(1, keepdim=True)  # (B, G)
     if scale == "std":
         A = A / (r.std(1, keepdim=True) + eps)  # over n - 1
@@ -527,7 +525,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_hig
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T)
     unclipped = ratio * A  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
-    # min, whatever the sign of A: leaving the range gains nothing, the way back is open
+    # min, whatever A's sign: to leave the range gains nothing, the way back is open
     token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
     loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
     stopped = (clipped < unclipped) & mask  # (N, T)
@@ -535,8 +533,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_hig
 
 
 def masked_expert_loss(model, tokenizer, problem, domain):
-    """Mean NLL of the trace's visible tokens given the question alone, not of hidden spans nor of
-    what an environment wrote. No part of SMEPO: the plan in the loss, for comparison."""
+    """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO: it puts
+    the plan into the loss, for comparison."""
     unseen = [span[:2] for span in hidden_spans(problem.trace, domain, problem.answer)]
     if told := find_domain(domain).told:
         unseen += [match.span() for match in told.finditer(problem.trace)]
@@ -554,7 +552,7 @@ def score(model, rollouts, config):
     """log pi of every token of N rollouts, and 1 where the policy chose the token. (N, T)"""
     ids, attention_mask = pad([r.prompt_ids + r.ids for r in rollouts], model.device)  # (N, P+T)
     sampled, _ = pad([r.sampled for r in rollouts], model.device)  # (N, T)
-    T = sampled.shape[1]  # of shorter rows, the first are the prompt's: sampled is 0
+    T = sampled.shape[1]  # a shorter row begins in its prompt, where sampled is 0
     return token_logprobs(model, ids, attention_mask, T, config.temperature), sampled
 
 
@@ -582,7 +580,7 @@ def update(model, tokenizer, optimizer, rollouts, config):
     for r, advantage in zip(rollouts, advantages.tolist()):
         r.advantage = advantage
     minis = chunks(rollouts, len(rollouts) // config.mini_batches)
-    old_logprobs = iter([])  # of each micro-batch; with one mini-batch pi is pi_old
+    old_logprobs = iter([])  # with one mini-batch pi is pi_old
     if config.mini_batches > 1:
         batches = sum([micro_batches(mini, config) for mini in minis], [])
         with torch.no_grad():
@@ -593,13 +591,12 @@ def update(model, tokenizer, optimizer, rollouts, config):
             share = len(batch) / len(mini)
             stats.append(backward(model, batch, next(old_logprobs, None), share, config))
         if config.expert_coef:
-            for r in mini[:: config.group_size]:  # one problem at a time bounds the memory
+            for r in mini[:: config.group_size]:  # their mean, one at a time
                 loss = masked_expert_loss(model, tokenizer, r.problem, config.domain)
-                # the mean over the problems of the mini-batch
                 (loss * config.expert_coef * config.group_size / len(mini)).backward()
         norm = clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=True)
         norms.append(norm.item())  # before clipping
-        optimizer.step()  # without a gradient, as where no group had a signal, nothing moves
+        optimizer.step()  # parameters without a gradient stay
         optimizer.zero_grad()
     return {
         "loss": sum(loss for loss, _ in stats) / len(minis),
@@ -713,7 +710,7 @@ def load_model(path, config):
     if tokenizer.eos_token is None or len(tokenizer) > rows:
         raise UserError(f"--model {path}: no eos_token, or more tokens than its {rows} embeddings")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    # what its generation_config recommends beside the EOS would bend the rollouts
+    # what else its folder recommends would bend the rollouts
     eos_ids = torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
@@ -740,7 +737,7 @@ def open_run(config):
     """The run folder, that of --resume or a new one with the settings in it."""
     if config.resume:
         return Path(config.resume)
-    name = f"runs/{Path(config.domain).name}-{config.guide}-{config.guide_when}-seed{config.seed}"
+    name = f"runs/{config.domain}-{config.guide}-{config.guide_when}-seed{config.seed}"
     folder = Path(config.out or name)
     for number in range(2, 10_000):
         try:
@@ -821,8 +818,8 @@ def parse(arguments):
 
 
 NOT_LEARNED = """
-It computes more carefully now, also unguided. It has not learned to plan five operations: the
-guide did that. A guide that fades teaches both, in two minutes:
+It computes better now, but cannot plan five operations: the guide did that. A guide that fades
+teaches both, in two minutes:
 python smepo.py --guide_when fade --learning_rate 4e-4 --advantage_scale none --steps 100"""
 
 
@@ -844,7 +841,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    import smepo  # the module that domains import: one Config, one UserError
+    import smepo  # as the one module that domains import, too
 
-    sys.stdout.reconfigure(errors="replace")  # a Windows pipe may not know every sign
+    sys.stdout.reconfigure(errors="replace")  # a Windows pipe knows few signs
     sys.exit(smepo.main(sys.argv[1:]))

@@ -305,18 +305,14 @@ def test_rollouts_carry_what_was_sampled_and_are_rewarded_in_one_call(base, monk
     groups = smepo.rollout(*base, asked, settings(domain="mine"), 2)
     a, b, c, d = base[1].batch_decode([[20], [21], [22], [23, 24]])
     rewards.assert_called_once_with([a, "", c, ""], ["16", "16", "17", "17"])
-    rollouts = sum(groups, [])
-    assert sample.call_args.args[1] == [r.prompt_ids for r in rollouts]
-    assert groups == [
-        [
-            Rollout(p, True, p.prompts[1], [20, eos], [1, 1], a, True, 0.2, False),
-            Rollout(p, True, p.prompts[1], [21], [1], b, False, 1.0, True),
-        ],
-        [
-            Rollout(q, False, q.prompts[0], [22, eos], [1, 1], c, True, 0.0, False),
-            Rollout(q, False, q.prompts[0], [23, 24], [1, 1], d, False, 0.5, True),
-        ],
+    rollouts = [
+        Rollout(p, True, p.prompts[1], [20, eos], [1, 1], a, True, 0.2, False),
+        Rollout(p, True, p.prompts[1], [21], [1], b, False, 1.0, True),
+        Rollout(q, False, q.prompts[0], [22, eos], [1, 1], c, True, 0.0, False),
+        Rollout(q, False, q.prompts[0], [23, 24], [1, 1], d, False, 0.5, True),
     ]
+    assert groups == [rollouts[:2], rollouts[2:]]
+    assert sample.call_args.args[1] == [r.prompt_ids for r in rollouts]
     assert [smepo.loggable(r, 1)["guide"] for r in rollouts] == [p.guide, p.guide, "", ""]
 
 
@@ -350,9 +346,8 @@ def test_a_schedule_is_asked_once_for_a_group_and_step(base, monkeypatch):
     groups = smepo.collect_rollouts(*base, problems, 1, settings(max_new_tokens=2))
     asked = [call.args[0] for call in shows_guide.call_args_list]
     assert asked == problems + problems[1::2]  # the unguided ones, once they have failed
-    assert [len(group) for group in groups] == [4] * 4
     for group in groups:
-        assert len({(r.guided, tuple(r.prompt_ids)) for r in group}) == 1
+        assert len(group) == 4 and len({(r.guided, tuple(r.prompt_ids)) for r in group}) == 1
 
 
 def test_on_failure_guides_only_groups_that_all_failed_and_counts_both_passes(base, monkeypatch):
@@ -581,7 +576,7 @@ def test_evaluation_by_hand_and_unguided_by_construction(base, monkeypatch):
     monkeypatch.setattr(smepo, "rollout", rollout)
     config = settings(eval_samples=2)
     table = smepo.evaluate(None, None, [p, p, q, q], config)
-    asked = [(p, False), (p, False), (q, False), (q, False)]
+    asked = [(problem, False) for problem in (p, p, q, q)]
     rollout.assert_called_once_with(None, None, asked, config, 2)
     assert table["2"] == pytest.approx([0.75, 0.25 / 2**0.5])
     assert table["5"] == pytest.approx([0.25, 0.25 / 2**0.5])

@@ -29,7 +29,7 @@ HEAD = """<!DOCTYPE html>
 body { font: 22px/1.4 sans-serif; margin: 1em 2em } pre { font: 20px/1.4 monospace }
 b { background: #222; color: #fff } .right { background: #05652b } .wrong { background: #b00020 }
 </style></head><body><h1>One training step</h1>"""
-EQUATIONS = textwrap.dedent(re.search(r" +context  .*?policy_loss", smepo.__doc__, re.DOTALL)[0])
+EQUATIONS = textwrap.dedent(re.search(r" +guide_trace .*?A_i\)\n", smepo.__doc__, re.DOTALL)[0])
 
 
 @dataclass

@@ -39,7 +39,7 @@ def test_the_text_fits_100_columns_and_marks_on_a_pipe_and_the_page(
     assert "«[" in out and "««" not in out and "\033" not in out
     assert steps[task].rollouts[0].problem.question in " ".join(out.split())
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "The page is page.html" in out and "<h1>" in page and "context    c" in page
+    assert "The page is page.html" in out and "<h1>" in page and "guide_trace   " in page
     assert "<b class=" in page and "<script" not in page
 
 

@@ -92,7 +92,7 @@ def test_the_plain_command_runs_from_any_folder(tmp_path):
 def test_long_calls_are_split_and_completions_cut_at_the_limit(base, monkeypatch):
     spy = Mock(wraps=base[0].generate)
     monkeypatch.setattr(base[0], "generate", spy)
-    config = settings(generate_batch=8, max_new_tokens=5)
+    config = settings(micro_batch=2, max_new_tokens=5)
     (rollouts,) = smepo.rollout(*base, [(problem(base), True)], config, 20)
     assert [len(call.args[0]) for call in spy.call_args_list] == [8, 8, 4]
     assert [len(r.ids) for r in rollouts] == [5] * 20
