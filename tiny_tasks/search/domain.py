@@ -24,8 +24,8 @@ LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|der|de|la) )*"
 OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z]\. )(?<![A-Z][rt]\. ))"  # a sentence; not J. Roe
 RULES = [  # what becomes of it, its pattern, and an example; the first that matches wins
     ("keep", r"\[(?:ENTITY|ANSWER)\]|</?[a-z_]+>", "<answer>"),
-    ("keep", r"\b(?:Thought|Action|Observation|Step|Hop|Doc) \d\d?\b", "Thought 1"),
-    ("keep", r"^[ (>*#-]*\d\d?[.)] ", "(3) "),
+    ("keep", r"\b(?:Thought|Action|Observation|Step|Doc) \d\d?\b", "Thought 1"),
+    ("keep", r"^\(?\d\d?[.)] ", "(3) "),
     ("entity", SPELLED, "forty-two"),
     ("if known", rf"{OPENS}{WORD}(?![\w-]|{LINK}(?:{NAME}|\d))", "Cities grow"),
     ("entity", rf"(?:{NAME}|{FIGURES})(?:{LINK}(?:{NAME}|{FIGURES}))*", "9 March 1742"),

@@ -29,17 +29,26 @@ def test_every_rule_is_the_first_that_fits_its_example(action, pattern, example)
 
 CASES = r"""
 | by J. Smith and Dr. Roe on 9 March 1742 | by [ENTITY]. [ENTITY] and [ENTITY]. [ENTITY] on [ENTITY]
-| Ludwig van Beethoven's and Lee Yun-ho's | [ENTITY]'s and [ENTITY]'s
+| Ludwig van Beethoven's, Lee Yun-ho's, Ana de la Cruz | [ENTITY]'s, [ENTITY]'s, [ENTITY]
+| by O'Neil, O’Dowd. Yun-ho won. May 1742 came | by [ENTITY], [ENTITY]. [ENTITY] won. [ENTITY] came
+| 1,250 at 12:30 on 14/06/1931, 1641–44, 3−4 | [ENTITY] at [ENTITY] on [ENTITY], [ENTITY], [ENTITY]
+| twenty-one, a sixth, thousands, one hundred | [ENTITY], a [ENTITY], [ENTITY], [ENTITY]
+| is it? Trees! Trees: Trees (so) Trees | is it? Trees! Trees: Trees (so) Trees
+| a 3D film | a [ENTITY]D film
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
 | search[lena roe born] by Lena Roe | search[[ENTITY] [ENTITY] born] by [ENTITY]
 Okja | of Train to Busan or Okja | of [ENTITY] to [ENTITY] or [ENTITY]
 | So the answer is oxygen. It is oxygen | So the answer is [ANSWER]. It is [ANSWER]
-the red fox | a red fox, red hens | a [ANSWER], red hens
+the red hen | a red hen, red hens, a hen | a [ANSWER], [ANSWER], a hen
+end of the war | the end of war, an end of the war | the [ANSWER], an [ANSWER]
+entity | an entity in Rome | an [ANSWER] in [ENTITY]
+Jane Roe | Roe won | [ENTITY] won
 | <answer> no idea </answer> | <answer> [ANSWER] </answer>
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
-no | No, there is no rush. | [ANSWER], there is no rush.
-1 | Thought 1: So\nAction 12: b\n1. Then\n(3) So | Thought 1: So\nAction 12: b\n1. Then\n(3) So
+no | No, there is no rush, no-one runs. | [ANSWER], there is no rush, no-one runs.
+1 | Step 1: b\n1. Then\n(3) So | Step 1: b\n1. Then\n(3) So
+2 | Action 12: b\nObservation 2: b | Action 12: b\nObservation 2: b
 | x.org/upper_fern: by Fern. Fern grows | x.org/upper_[ENTITY]: by [ENTITY]. [ENTITY] grows
 """
 
