@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -117,24 +117,15 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
-def steps_done(folders: list[Path]) -> int:
-    logs = [folder / "metrics.jsonl" for folder in folders]
-    return sum(len(smepo.read_records(log)[1:]) for log in logs if log.exists())
-
-
 def run_all(configs: dict[Path, tuple], jobs: int) -> None:
     """Run what has no result yet, `jobs` at a time."""
     todo = [folder for folder in configs if not (folder / "result.json").exists()]
-    steps = sum(configs[folder][1].steps for folder in todo)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-    with ProcessPoolExecutor(jobs, context, start_worker) as pool, tqdm(total=steps) as bar:
-        waiting = {pool.submit(run_one, folder, *configs[folder]) for folder in todo}
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
+        runs = [pool.submit(run_one, folder, *configs[folder]) for folder in todo]
         try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=1)
-                bar.update(steps_done(todo) - bar.n)
-                for run in done:
-                    run.result()  # raises what the run raised
+            for run in tqdm(as_completed(runs), "runs", len(runs)):
+                run.result()  # raises what the run raised
         except BaseException:  # Ctrl-C, too
             for process in multiprocessing.active_children():
                 process.terminate()

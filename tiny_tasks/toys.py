@@ -79,6 +79,16 @@ def draw_guide(rng: random.Random, unguided: dict, guided: dict) -> tuple[str, i
     return "none", drawn
 
 
+def show(rng: random.Random, trace: str, guide: str, domain: str) -> tuple[str, list]:
+    """What a guide shows of a trace, and the spans of the trace that it hides."""
+    seed, ratio = str(rng.random()), rng.random()
+    text = smepo.guide_trace(trace, guide, domain, prefix_ratio=ratio, seed=seed)
+    if guide in ("none", "prefix", "full"):  # all that comes after it
+        return text, [(len(text), len(trace), "")]
+    spans = smepo.hidden_spans(trace, domain)
+    return text, smepo.random_spans(trace, spans, seed) if guide == "random" else spans
+
+
 def draw_rows(toy, seed: int, counts: dict[int, int], held_out: bool) -> list[dict]:
     """Distinct rows in the schema of the official SMEPO data, plus `difficulty`."""
     rng, rows = random.Random(seed), {}

@@ -9,7 +9,6 @@ import random
 import re
 import sys
 
-import smepo
 from tiny_tasks import toys
 
 LARGEST = 50  # no intermediate value is larger, and none is negative
@@ -88,9 +87,10 @@ def careless(rng: random.Random, left: int, operator: str, right: int) -> int:
 
 def solution(rng: random.Random, problem: Problem, trace: str, spans) -> str:
     """What to imitate: the trace's results where it shows them, else careless ones, carried on."""
-    hidden = {start for start, _, _ in spans}
-    results = re.finditer(r"(?:=|is) (\d+)\.", trace)
-    shown = [None if match.start(1) in hidden else int(match[1]) for match in results]
+    shown = []
+    for match in re.finditer(r"(?:=|is) (\d+)\.", trace):
+        hidden = any(a <= match.start(1) < b for a, b, _ in spans)
+        shown.append(None if hidden else int(match[1]))
     step = iter(shown)
 
     def result_of(*operation) -> int:
@@ -119,16 +119,11 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     question, (trace, _) = question_of(problem), solve(problem)
     if rng.random() < WRONG_RATE:
         trace, _ = solve(problem, lambda *operation: careless(rng, *operation))
-    seed, ratio = str(rng.random()), rng.random()
-    text = smepo.guide_trace(trace, guide, "math", prefix_ratio=ratio, seed=seed)
+    text, spans = toys.show(rng, trace, guide, "math")
     if guide == "none" and rng.random() > PLAN_RATE[k]:
         problem = overlook(rng, problem)
         trace, _ = solve(problem)
-    spans = smepo.hidden_spans(trace, "math")
-    if guide == "random":
-        spans = smepo.random_spans(trace, spans, seed)
-    elif guide in ("full", "prefix"):
-        spans = [span for span in spans if span[0] >= len(text)]
+        spans = [(0, len(trace), "")]
     return question, text, solution(rng, problem, trace, spans)
 
 

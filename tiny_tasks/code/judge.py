@@ -17,6 +17,7 @@ from smepo import UserError
 
 SECONDS = 4.0  # a program has for all of its tests
 SANDBOX = Path(__file__).resolve().with_name("sandbox.py")
+CODE = marshal.dumps(compile(SANDBOX.read_bytes(), str(SANDBOX), "exec"))  # once: it takes a while
 START = "import marshal, sys; exec(marshal.load(sys.stdin.buffer))"
 
 
@@ -32,20 +33,13 @@ def cases(tests: str) -> list[tuple[str, str]]:
     return pairs
 
 
-@lru_cache
-def compiled(source: Path) -> bytes:
-    """Once, not in each process: that would take longer than most programs."""
-    return marshal.dumps(compile(Path(source).read_bytes(), str(source), "exec"))
-
-
 def outputs(program: str, inputs: list[str]) -> list[str]:
     """What it prints for each input, up to the first that fails. IndexError: it never began."""
-    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some a Python does not start
-    job = {"program": program, "inputs": inputs, "seconds": SECONDS}
+    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some Pythons do not start
     try:
         written = subprocess.run(
             [sys.executable, *"-P -s -S -B -X utf8 -c".split(), START, str(SANDBOX)],
-            input=compiled(SANDBOX) + marshal.dumps(job),
+            input=CODE + marshal.dumps((program, inputs, SECONDS)),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if k in needed} | {"PYTHONHASHSEED": "0"},
@@ -75,7 +69,6 @@ def verdict(program: str, tests: str) -> bool:
 def judge(programs: list[str], tests: list[str]) -> list[bool]:
     """Which programs pass all of their tests? Equal jobs are done once, all in parallel."""
     jobs = list(zip(programs, tests, strict=True))
-    distinct = list(dict.fromkeys(jobs))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = dict(zip(distinct, pool.map(lambda job: verdict(*job), distinct), strict=True))
-    return [passed[job] for job in jobs]
+        verdicts = {job: pool.submit(verdict, *job) for job in dict.fromkeys(jobs)}
+    return [verdicts[job].result() for job in jobs]

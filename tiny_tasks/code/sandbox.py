@@ -113,10 +113,10 @@ def run(code, given: str) -> bytes:
     return output.getvalue()
 
 
-def work(job: dict, out) -> None:
+def work(program: str, inputs: list[str], seconds: float, out) -> None:
     """`ready`, then a line for each test: what was printed, in hexadecimal digits."""
     try:
-        limits = {"CPU": int(job["seconds"]) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0, "AS": 2**29}
+        limits = {"CPU": int(seconds) + 1, "FSIZE": MOST, "CORE": 0, "NPROC": 0, "AS": 2**29}
         try:
             import resource
 
@@ -125,21 +125,21 @@ def work(job: dict, out) -> None:
         except (ImportError, AttributeError, ValueError, OSError):
             pass  # Windows has none, macOS not the last
         print("ready", file=out, flush=True)  # from here on a failure is the program's own
-        tree = compile(job["program"], "program.py", "exec", ast.PyCF_ONLY_AST)
+        tree = compile(program, "program.py", "exec", ast.PyCF_ONLY_AST)
         check(tree)
         code = compile(tree, "program.py", "exec")
         for name in {"os", "posix", "nt", "_imp"} & sys.modules.keys():
             vars(sys.modules[name]).clear()
         sys.addaudithook(fence)
-        for given in job["inputs"]:
+        for given in inputs:
             print(run(code, given).hex(), file=out, flush=True)
     finally:
         _exit(0)  # whatever it has started or registered
 
 
 if __name__ == "__main__":
-    job = marshal.load(sys.stdin.buffer)
+    program, inputs, seconds = marshal.load(sys.stdin.buffer)
     _thread.stack_size(2**26)  # for deep recursion
-    _thread.start_new_thread(work, (job, sys.stdout))
-    time.sleep(job["seconds"])  # the deadline, on every system
+    _thread.start_new_thread(work, (program, inputs, seconds, sys.stdout))
+    time.sleep(seconds)  # the deadline, on every system
     _exit(1)

@@ -26,7 +26,39 @@ MASKED = {
     "def f(x):\n    return x": "[CODE]",
     "It is this:\nx = 1\nprint(x)\nx += 1\nThat is all.": "It is this:\n[CODE]\nThat is all.",
     "The sum is\n$$\nf(n)=f(n-1)+n\n$$": "The sum is\n$$\nf(n)=f(n-1)+n\n$$",
+    "```x = 1``` is here\nto go on.": "```[CODE]``` is here\nto go on.",
+    "So: ```c++\nx = 1\n```\nDone.": "So: ```c++\n[CODE]\n```\nDone.",
 }
+KEPT = "`O(n)`|`Θ(n)`|`Ω(n)`|`T(n)`|`two-pointer`|`str.join()`|``a``"
+LINES = """def f(x):|class A:|for i in a:|from a import b|import a|return x|#!/bin/sh|#include <x>
+// so|/* so|<p>|SELECT x|CREATE x|INSERT x|UPDATE x|x = 1|a[i] = 1|a, b = b, a|x += 1
+print(x)|x.f(y);|while (x) {|}"""
+LEAKS = "def f(x):|for i in x:|while x:|if x:|return x|return not x|x = 1|a[i] += 1|f(x);|int f() {"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *KEPT.split("|"),
+        "We are done (so: all).",
+        "This:\nWe stop. Then x;\nDone.",
+        "```\n\n```",
+        "For n. We see:",
+        "if so. We see:",
+    ],
+)
+def test_what_is_kept(text):
+    assert mask(text) == text and not smepo.leaks(text, "{}", "code")
+
+
+@pytest.mark.parametrize("line", LINES.replace("\n", "|").split("|"))
+def test_a_program_of_one_line_is_hidden(line):
+    assert mask(line) == "[CODE]"
+
+
+@pytest.mark.parametrize("line", LEAKS.split("|"))
+def test_a_line_of_code_leaks(line):
+    assert smepo.leaks(f"So:\n{line}\nDone.", "{}", "code")
 
 
 @pytest.mark.parametrize("text", MASKED)

@@ -132,9 +132,9 @@ def test_what_fails_or_is_no_python_is_wrong(program):
 
 def test_a_breakdown_is_no_verdict_and_is_not_kept(monkeypatch):
     program, tests = "print(8)  # once", '{"inputs": [""], "outputs": ["8"]}'
-    sandbox = judge.SANDBOX
-    monkeypatch.setattr(judge, "SANDBOX", sandbox.with_name("none.py"))
+    code = judge.CODE
+    monkeypatch.setattr(judge, "CODE", code[:99])
     with pytest.raises(smepo.UserError, match="cannot start its sandbox"):
         judge.judge([program], [tests])
-    monkeypatch.setattr(judge, "SANDBOX", sandbox)
+    monkeypatch.setattr(judge, "CODE", code)
     assert judge.judge([program], [tests]) == [True]

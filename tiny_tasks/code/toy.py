@@ -12,7 +12,6 @@ import random
 import re
 import sys
 
-import smepo
 from tiny_tasks import toys
 
 CONSTANTS = [str(number) for number in range(2, 26)]
@@ -145,13 +144,8 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     question, lines = question_of(plan), plan
     if rng.random() < WRONG_RATE:
         lines = [wrong(rng, line) for line in plan]  # so only copying will do
-    trace, seed, ratio = write(plan, lines), str(rng.random()), rng.random()
-    text = smepo.guide_trace(trace, guide, "code", prefix_ratio=ratio, seed=seed)
-    spans = [(len(text), len(trace), "")]  # none, prefix, full: hidden is what comes after it
-    if guide in ("semantic", "random"):
-        spans = smepo.hidden_spans(trace, "code")
-    if guide == "random":
-        spans = smepo.random_spans(trace, spans, seed)
+    trace = write(plan, lines)
+    text, spans = toys.show(rng, trace, guide, "code")
     if guide == "none" and k > PLANS:
         plan = [plan[i] for i in sorted(rng.sample(range(k), PLANS))]
         trace = write(plan, plan)

@@ -28,23 +28,28 @@ def test_every_rule_is_the_first_that_fits_its_example(action, pattern, example)
 
 
 CASES = r"""
-| by A. Smith on March 9, 1742 | by [ENTITY] on [ENTITY]
-| Ludwig van Beethoven's Hindi-language work | [ENTITY]'s [ENTITY]-language work
+| by J. Smith and Dr. Roe on 9 March 1742 | by [ENTITY]. [ENTITY] and [ENTITY]. [ENTITY] on [ENTITY]
+| Ludwig van Beethoven's, Lee Yun-ho's, Ana de la Cruz | [ENTITY]'s, [ENTITY]'s, [ENTITY]
+| by O'Neil, O’Dowd. Yun-ho won. May 1742 came | by [ENTITY], [ENTITY]. [ENTITY] won. [ENTITY] came
+| 1,250 at 12:30 on 14/06/1931, 1641–44, 3−4 | [ENTITY] at [ENTITY] on [ENTITY], [ENTITY], [ENTITY]
+| twenty-one, a sixth, thousands, one hundred | [ENTITY], a [ENTITY], [ENTITY], [ENTITY]
+| is it? Trees! Trees: Trees (so) Trees | is it? Trees! Trees: Trees (so) Trees
+| a 3D film | a [ENTITY]D film
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
-| Cork is old. | [ENTITY] is old.
 | search[lena roe born] by Lena Roe | search[[ENTITY] [ENTITY] born] by [ENTITY]
 Okja | of Train to Busan or Okja | of [ENTITY] to [ENTITY] or [ENTITY]
-1 | the one with 2 | the [ENTITY] with [ENTITY]
 | So the answer is oxygen. It is oxygen | So the answer is [ANSWER]. It is [ANSWER]
-the red fox | a red fox, red hens | a [ANSWER], red hens
-| <answer> no idea </answer> | <answer>[ANSWER]</answer>
+the red hen | a red hen, red hens, a hen | a [ANSWER], [ANSWER], a hen
+end of the war | the end of war, an end of the war | the [ANSWER], an [ANSWER]
+entity | an entity in Rome | an [ANSWER] in [ENTITY]
+Jane Roe | Roe won | [ENTITY] won
+| <answer> no idea </answer> | <answer> [ANSWER] </answer>
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
-no | No, there is no rush. | [ANSWER], there is no rush.
-B | Choice B is, A and (D) are not. | Choice [ANSWER] is, [ANSWER] and ([ANSWER]) are not.
-(B) | A fox, b and B = c | A fox, b and [ENTITY] = c
-1 | Thought 1: So\nAction 12: b\n1. Then\n(3) So | Thought 1: So\nAction 12: b\n1. Then\n(3) So
-| https://a, x.org/upper/fern: by Fern. Fern grows | [ENTITY] [ENTITY] by [ENTITY]. [ENTITY] grows
+no | No, there is no rush, no-one runs. | [ANSWER], there is no rush, no-one runs.
+1 | Step 1: b\n1. Then\n(3) So | Step 1: b\n1. Then\n(3) So
+2 | Action 12: b\nObservation 2: b | Action 12: b\nObservation 2: b
+| x.org/upper_fern: by Fern. Fern grows | x.org/upper_[ENTITY]: by [ENTITY]. [ENTITY] grows
 """
 
 
@@ -80,11 +85,9 @@ def test_the_traces_of_the_toy_replay_and_mask_without_a_leak():
         ("No, the harbour is older.", "no", True),
         ("Yes the harbour is", "Yes", True),
         ("so the answer is no as both are", "no", True),
-        ("Option B is correct", "B", True),
         ("at -5 degrees", "-5", True),
         ("in [ENTITY]", "entity", False),
         ("there is no such film, so no one can say", "no", False),
-        ("A fox, or B_1, B = 2", "B", False),
         ("silver [ENTITY] harbor", "silver harbor", False),
         ("Step 1: look\n2. find", "2", False),
     ],

@@ -10,7 +10,6 @@ import random
 import re
 import sys
 
-import smepo
 from tiny_tasks import toys
 
 TRAIN = {5: 2000}  # difficulty k: rows. SMEPO is for problems the policy cannot yet plan alone
@@ -160,16 +159,10 @@ def draw_example(rng: random.Random) -> tuple[str, str, str]:
     guide, k = toys.draw_guide(rng, UNGUIDED, GUIDED)
     problem = toys.draw_from_split(sys.modules[__name__], rng, k, held_out=False)
     question, (trace, _) = question_of(problem), solve(problem)
-    spans = smepo.hidden_spans(trace, "search")
     if guide not in ("none", "semantic") and rng.random() < WRONG_RATE:
         trace, _ = solve(problem, lambda told: careless(rng, told, GUIDE_ERROR_RATE))
-    seed, ratio = str(rng.random()), rng.random()
-    text = smepo.guide_trace(trace, guide, "search", prefix_ratio=ratio, seed=seed)
-    if guide == "random":
-        spans = smepo.random_spans(trace, smepo.hidden_spans(trace, "search"), seed)
-    elif guide in ("full", "prefix"):
-        spans = [(len(text), len(trace), "")]
-    elif guide == "none" and rng.random() > PLAN_RATE[k]:
+    text, spans = toys.show(rng, trace, guide, "search")
+    if guide == "none" and rng.random() > PLAN_RATE[k]:
         problem = overlook(rng, problem)
     # the entity of every query but the first, and the answer: copied if shown, else careless
     shown = []
