@@ -1,8 +1,7 @@
 """Arms side by side: `python -m tiny_tasks.compare`.
 
-An arm is a way to show the guide. Every arm is trained from the same base with the same seeds by
-`smepo.train`, in a folder of its own, and measured at its end; the same command goes on where it
-was stopped. Flags of smepo.py that are not an arm's own, such as --task or --steps, go to all runs.
+An arm is a way to show the guide. All are trained from one base with the same seeds, and measured
+at the end; the same command goes on where it was stopped. Flags of smepo.py go to all runs.
 """
 
 import json
@@ -10,7 +9,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -117,15 +116,24 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
+def steps_done(folders: list[Path]) -> int:
+    logs = [folder / "metrics.jsonl" for folder in folders]
+    return sum(len(smepo.read_records(log)[1:]) for log in logs if log.exists())
+
+
 def run_all(configs: dict[Path, tuple], jobs: int) -> None:
     """Run what has no result yet, `jobs` at a time."""
     todo = [folder for folder in configs if not (folder / "result.json").exists()]
+    steps = sum(configs[folder][1].steps for folder in todo)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
-        runs = [pool.submit(run_one, folder, *configs[folder]) for folder in todo]
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool, tqdm(total=steps) as bar:
+        waiting = {pool.submit(run_one, folder, *configs[folder]) for folder in todo}
         try:
-            for run in tqdm(as_completed(runs), "runs", len(runs)):
-                run.result()  # raises what the run raised
+            while waiting:
+                done, waiting = wait(waiting, timeout=1)
+                bar.update(steps_done(todo) - bar.n)
+                for run in done:
+                    run.result()  # raises what the run raised
         except BaseException:  # Ctrl-C, too
             for process in multiprocessing.active_children():
                 process.terminate()

@@ -1,9 +1,8 @@
 """Code: `... prints 3 more than the square of 5 times x.` has k = 3 operations, outermost first.
 
 A program works from the inside out, so the plan is the question read backwards. The expert plans
-in words, one operation a step, and then writes one line of Python a step, each with a name of its
-own, as steps have numbers. The tests run the program. The base writes its lines carelessly and
-overlooks operations.
+in words, one operation a step, and then writes a line of Python for each. The tests run the
+program. The base writes its lines carelessly and overlooks operations.
 """
 
 import itertools

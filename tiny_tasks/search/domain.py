@@ -13,7 +13,7 @@ NUMERALS = """two three third four five fifth six seven eight eighth nine ninth 
 NO_NAMES = """A An The I We He She It They This That These My Our His Her Its Their Who Which What
     When Where How Is Are Was Were Do Does Did Has Have If So No Not Yes And Or But For In On At By
     To Of From With As Since Because Although While Before After Both Also However Therefore Thus
-    Meanwhile Finally Next Now First Second Final Find Search Let Identify Compare Title"""
+    Finally Next Now First Second Final Find Search Let Identify Compare Title Choice Option"""
 NUMERAL, NO_NAME = ("|".join(words.split()) for words in (NUMERALS, NO_NAMES))
 LOWER = "a-zß-öø-ÿ"
 WORD = rf"(?<![\w\]])(?![{LOWER}\d_]|(?:{NO_NAME})\b)\w+"  # Ada, 北京
@@ -22,10 +22,13 @@ FIGURES = r"[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?"
 SPELLED = rf"\b(?i:(?:one[ -])?(?:{NUMERAL})(?:[ -](?:one|{NUMERAL}))*(?:th|s)?)\b"
 LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|der|de|la) )*"
 OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z]\. )(?<![A-Z][rt]\. ))"  # a sentence; not J. Roe
+URL = r"(?<![\w.\]-])(?:https?://|(?:[\w-]+\.)+[a-z]+/)[^\s<>()\[\]]*"
 RULES = [  # what becomes of it, its pattern, and an example; the first that matches wins
     ("keep", r"\[(?:ENTITY|ANSWER)\]|</?[a-z_]+>", "<answer>"),
     ("keep", r"\b(?:Thought|Action|Observation|Step|Doc) \d\d?\b", "Thought 1"),
     ("keep", r"^\(?\d\d?[.)] ", "(3) "),
+    ("answer", r"(?i:(?<=<answer>)[^<]+(?=</)|(?<=finish\[)[^]\n]+)", "finish[no idea]"),
+    ("entity", URL, "x.org/fern_castle"),
     ("entity", SPELLED, "forty-two"),
     ("if known", rf"{OPENS}{WORD}(?![\w-]|{LINK}(?:{NAME}|\d))", "Cities grow"),
     ("entity", rf"(?:{NAME}|{FIGURES})(?:{LINK}(?:{NAME}|{FIGURES}))*", "9 March 1742"),
@@ -33,15 +36,17 @@ RULES = [  # what becomes of it, its pattern, and an example; the first that mat
 RULE = re.compile("|".join(f"({pattern})" for _, pattern, _ in RULES), re.MULTILINE)
 # Queries and paths: a word without a capital may be a name there.
 NO_PROSE = re.compile(r"<search>[^<\n]+|\bsearch\[[^\]\n]+|(?<![^\s<>])[^\s<>]*/[^\s<>]*")
-VERDICT = r"(?i:\W*(?:yes|no)\W*)"
+VERDICT, LETTER = r"(?i:\W*(?:yes|no)\W*)", r"(?i:\W*[a-h]\W*)"
 # Names all look alike: another mask for the right one of two that are compared would tell it.
-COMMON = re.compile(rf"{VERDICT}|[{LOWER}\s,'’-]+")
+COMMON = re.compile(rf"{VERDICT}|{LETTER}|[{LOWER}\s,'’-]+")
 
 
 def answer_pattern(answer: str) -> str:
-    """Wherever it stands; of yes and no both, as the other would tell."""
+    """Wherever it stands; where one of few is right, all of them, as the rest would tell."""
     if re.fullmatch(VERDICT, answer):  # but not "no such film"
         return r"\b(?i:yes|(?<=answer is )no|no(?!['’-]| [\w\[]))\b"
+    if re.fullmatch(LETTER, answer):  # but no article, no variable
+        return r"(?<![\w\\'’])(?!A (?!is|are|and|or)[a-z])[A-H](?![\w'’^(]|\s?=)"
     if number_value(answer) is not None or "[" in answer or not re.search(r"\w", answer):
         return r"(?!)"  # nothing, as the rules hide all numbers
     phrase = r"\W{1,9}(?:(?:an?|the)\W)?".join(map(re.escape, plain_words(answer)))
@@ -52,8 +57,10 @@ def answer_pattern(answer: str) -> str:
 
 def spans(trace: str, answer: str) -> list[tuple]:
     """The answer, names and numbers; words that may be names, if they are elsewhere."""
-    answers = list(re.finditer(answer_pattern(answer or stated(trace)), trace))
+    patterns = map(answer_pattern, {answer, stated(trace)})
+    answers = [match for pattern in patterns for match in re.finditer(pattern, trace)]
     matches = [(RULES[match.lastindex - 1][0], match) for match in RULE.finditer(trace)]
+    answers += [match for action, match in matches if action == "answer"]
     entities = [match for action, match in matches if action == "entity"]
     unsure = [match for action, match in matches if action == "if known"]
     for text in NO_PROSE.finditer(trace):
@@ -86,6 +93,9 @@ def leaks(masked: str, answer: str) -> bool:
     if wanted in ("yes", "no"):  # "no such film" is no verdict
         noun = r" +(?!because|since)[a-z_]" if wanted == "no" else "_"
         return bool(re.search(rf"(?i)answer is {wanted}\b|\b{wanted}\b(?!['’-]|{noun})", text))
+    letter = answer.strip(" ().").upper()
+    if re.fullmatch("[A-H]", letter):  # no article, no variable
+        return bool(re.search(rf"(?<!\w){letter}(?![\w'’^(]| ?=|(?<=A) (?!is|are)[a-z])", text))
     if value is None:
         return wanted != "" and f" {wanted} " in f" {' '.join(plain_words(text))} "
     text = re.sub(r"(?m)^[^\w\n]{0,9}(?:[a-z]+ )?\d\d?[.):(]", "", text.casefold())  # Step 1: or 1.

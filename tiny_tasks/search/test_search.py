@@ -44,12 +44,14 @@ the red hen | a red hen, red hens, a hen | a [ANSWER], [ANSWER], a hen
 end of the war | the end of war, an end of the war | the [ANSWER], an [ANSWER]
 entity | an entity in Rome | an [ANSWER] in [ENTITY]
 Jane Roe | Roe won | [ENTITY] won
-| <answer> no idea </answer> | <answer> [ANSWER] </answer>
+| <answer> no idea </answer> | <answer>[ANSWER]</answer>
+B | Choice B is, A and (D) are not. | Choice [ANSWER] is, [ANSWER] and ([ANSWER]) are not.
+(B) | A fox, b and B = c | A fox, b and [ENTITY] = c
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
 no | No, there is no rush, no-one runs. | [ANSWER], there is no rush, no-one runs.
 1 | Step 1: b\n1. Then\n(3) So | Step 1: b\n1. Then\n(3) So
 2 | Action 12: b\nObservation 2: b | Action 12: b\nObservation 2: b
-| x.org/upper_fern: by Fern. Fern grows | x.org/upper_[ENTITY]: by [ENTITY]. [ENTITY] grows
+| https://a, x.org/upper/fern: by Fern. Fern grows | [ENTITY] [ENTITY] by [ENTITY]. [ENTITY] grows
 """
 
 
@@ -85,6 +87,8 @@ def test_the_traces_of_the_toy_replay_and_mask_without_a_leak():
         ("No, the harbour is older.", "no", True),
         ("Yes the harbour is", "Yes", True),
         ("so the answer is no as both are", "no", True),
+        ("Option B is correct", "B", True),
+        ("A fox, or B_1, B = 2", "B", False),
         ("at -5 degrees", "-5", True),
         ("in [ENTITY]", "entity", False),
         ("there is no such film, so no one can say", "no", False),

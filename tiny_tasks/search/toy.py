@@ -1,8 +1,7 @@
 """Search: `Who is the mayor of the capital of the country of Bergen?` has k = 3 hops.
 
 The expert looks up one hop a turn, the innermost first, and the environment answers each query
-from a made-up world of people, cities, countries and companies. The base copies what it was told
-carelessly, and overlooks hops.
+from a made-up world. The base copies what it was told carelessly, and overlooks hops.
 """
 
 import itertools
