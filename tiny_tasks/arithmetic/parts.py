@@ -1,7 +1,6 @@
 """A domain that pays in parts: 0.2 for an answer that is a number, 1 for the right one.
 
-`python smepo.py --domain tiny_tasks.arithmetic.parts`. What counts as solved, in the accuracy, in
-guidance on failure and in the zero-variance metrics, is said apart: here a reward of 1.
+`python smepo.py --domain tiny_tasks.arithmetic.parts`. What counts as solved is said apart: 1.
 """
 
 import smepo

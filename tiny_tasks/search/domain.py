@@ -10,10 +10,11 @@ from tiny_tasks.search.dialogue import TOLD, converse
 NUMERALS = """two three third four five fifth six seven eight eighth nine ninth ten eleven twelve
     twelfth thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty
     sixty seventy eighty ninety hundred thousand million billion"""
-NO_NAMES = """A An The I We He She It They This That These My Our His Her Its Their Who Which What
-    When Where How Is Are Was Were Do Does Did Has Have If So No Not Yes And Or But For In On At By
-    To Of From With As Since Because Although While Before After Both Also However Therefore Thus
-    Finally Next Now First Second Final Find Search Let Identify Compare Title Choice Option"""
+NO_NAMES = """A An The I We He She It They This That These Those My Our His Her Its Their Who Which
+    What When Where Why How Is Are Was Were Do Does Did Has Have If So No Not Yes And Or But For In
+    On At By To Of From With As Since Because Although While Before After Both Also However Hence
+    Therefore Thus Instead Meanwhile Finally Next Now Later First Second Final Find Search Look Let
+    Identify Determine Compare Check Based Given Answer Title Choice Choices Option Options"""
 NUMERAL, NO_NAME = ("|".join(words.split()) for words in (NUMERALS, NO_NAMES))
 LOWER = "a-zß-öø-ÿ"
 WORD = rf"(?<![\w\]])(?![{LOWER}\d_]|(?:{NO_NAME})\b)\w+"  # Ada, 北京
