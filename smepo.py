@@ -68,29 +68,29 @@ class UserError(Exception):
 @dataclass
 class Config:
     guide: Literal["none", "full", "prefix", "random", "semantic"] = "semantic"  # what is shown
-    guide_when: str = "always"  # always, on-failure, fade, or a fraction of the problems
+    guide_when: str = "always"  # always, on-failure, fade or a fraction
     task: Literal["arithmetic", "code", "search"] = "arithmetic"  # a toy: model, data, domain
-    model: str = ""  # the base model, a Hugging Face folder or hub id
-    data: str = ""  # training problems: jsonl, parquet, folder or hub id
+    model: str = ""  # a Hugging Face folder or hub id
+    data: str = ""  # jsonl, parquet, a folder or a hub id
     test_data: str = ""  # held-out problems, asked unguided
     domain: str = ""  # what is hidden and rewarded: math, or your module
     system: str = ""  # the system prompt
     out: str = ""  # the run folder, else one in runs/
     resume: str = ""  # the run folder to go on in
     steps: int = 60  # rollout batches (paper: 400)
-    prompts_per_step: int = 16  # B, problems in a rollout batch (paper: 32)
-    group_size: int = 8  # G, rollouts of each problem (paper: 8)
-    mini_batches: int = 1  # optimizer steps in a rollout batch (paper: 4)
+    prompts_per_step: int = 16  # B, problems of a batch (paper: 32)
+    group_size: int = 8  # G, rollouts of each (paper: 8)
+    mini_batches: int = 1  # optimizer steps of a batch (paper: 4)
     micro_batch: int = 128  # rows per forward pass, a quarter of generate's; no memory? halve
-    learning_rate: float = 2e-4  # of AdamW (paper, 8B parameters: 1e-6)
+    learning_rate: float = 2e-4  # of AdamW (paper, 8B: 1e-6)
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: float = 0.28  # its upper bound 1 + clip_high: rare tokens can grow
     advantage_scale: Literal["std", "none"] = "std"  # none: as in Dr. GRPO
     expert_coef: float = 0.0  # of masked_expert_loss; not in the paper
     temperature: float = 1.0  # of sampling and scoring alike (paper: 0.8)
-    max_prompt_tokens: int = 256  # problems with a longer prompt are left out
-    max_new_tokens: int = 64  # a rollout without an end by then earns 0
+    max_prompt_tokens: int = 256  # a longer one is left out
+    max_new_tokens: int = 64  # without an end by then it earns 0
     eval_every: int = 20  # steps between evaluations, with checkpoints
     eval_samples: int = 4  # samples of each test problem
     seed: int = 0  # same seed, same machine, same result
@@ -113,11 +113,11 @@ class Config:
         self.domain = self.domain or self.task.replace("arithmetic", "math")
 
 
-# ---- The guide: what the policy is shown of the expert's trace ----
+# ---- The guide: what is shown of a trace ----
 @dataclass
 class Domain:
-    """What the verifier reads is what the mask must hide, so they stand together. A whole
-    colors.py, beside smepo.py, for --domain colors:
+    """What the verifier reads, the mask must hide: they stand together. A whole colors.py, beside
+    smepo.py, for --domain colors:
 
         import re, smepo
         DOMAIN = smepo.Domain(
@@ -141,7 +141,7 @@ def find_domain(name):
 
 
 def hidden_spans(trace, domain, answer=""):
-    """Left to right; they may overlap. Without `answer`, the one that the trace states counts."""
+    """Left to right; some overlap. Without `answer`, the stated one counts."""
     return sorted(find_domain(domain).spans(trace, answer))
 
 
@@ -178,7 +178,7 @@ def guide_trace(trace, guide, domain, answer="", prefix_ratio=0.5, seed="") -> s
 
 
 def mask_trace(trace, domain, answer="") -> str:
-    """Hide what is rewarded, keep the plan: 'Step 1: [NUMBER] * [NUMBER] = [NUMBER].'"""
+    """Hide what is rewarded, keep the plan."""
     return guide_trace(trace, "semantic", domain, answer)
 
 
@@ -247,7 +247,7 @@ def same_answer(given, truth):
 
 
 def math_rewards(texts, truths):
-    """1.0 where the last answer that a text states is right, else 0.0."""
+    """1.0 where the stated answer is right, else 0.0."""
     return [float(same_answer(stated(a), b)) for a, b in zip(texts, truths)]
 
 
@@ -312,8 +312,8 @@ def math_spans(trace, answer):
 
 
 def math_leaks(masked, answer):
-    """Is a number of the answer's value visible, or its text? If in doubt, yes. It does not share
-    the mask's numbers: it would not see what the mask misses."""
+    """Is a number of the answer's value visible, or its text? If in doubt, yes. It finds numbers
+    by itself, to see what the mask misses."""
     text = KEPT.sub(" ", masked)
     value = number_value(answer)
     if value is not None:  # a sign may be an operator: [NUMBER] - 17
@@ -361,9 +361,9 @@ def build_prompt(tokenizer, question, guide_text="", system="") -> str:
 
 
 def read_problems(path, guide, config, split="train"):
-    """Of rows in the official data's schema, {"question": "...", "reward_model": {"ground_truth":
-    "16"}, "teacher_ds": "Step 1: ...", "difficulty": 2}; the last two may be missing, teacher_ds
-    only where no guide is shown. Without a path: the toy's."""
+    """Rows as officially released, {"question": "...", "reward_model": {"ground_truth": "16"},
+    "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds is needed for a guide, difficulty
+    never. Without a path: the toy's."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
@@ -405,7 +405,7 @@ class Rollout:
     problem: Problem
     guided: bool
     prompt_ids: list[int]  # the very prompt it was sampled from: the context of the ratio
-    ids: list[int]  # the completion, up to and including the first EOS
+    ids: list[int]  # the completion, its EOS included
     sampled: list[int]  # 1 for each that the policy chose, 0 for an environment's
     text: str
     ended: bool  # with an EOS; else it was cut off
@@ -417,7 +417,7 @@ class Rollout:
 def pad(rows, device):
     """Ids and attention mask, padded on the left, (N, longest)."""
     tensors = [torch.tensor(row, device=device) for row in rows]
-    ids = pad_sequence(tensors, True, -1, "left")  # -1 is no token; an EOS may be one of the row
+    ids = pad_sequence(tensors, True, -1, "left")  # -1 is no token, as EOS is
     return ids.clamp(min=0), (ids >= 0).long()
 
 
@@ -428,9 +428,9 @@ def until_eos(ids, eos_ids):
 
 
 def sample(model, prompts, config, stops=None):
-    """A completion of each prompt. `stops`: stopping_criteria of generate, beside the EOS."""
+    """A completion of each prompt; `stops` are generate's stopping_criteria."""
     eos_ids = model.generation_config.eos_token_id
-    settings = GenerationConfig(  # all of them: top_k, left out, would be 50
+    settings = GenerationConfig(  # top_k, left out, would be 50
         do_sample=True,
         temperature=config.temperature,
         top_k=0,
@@ -468,7 +468,7 @@ def rollout(model, tokenizer, asked, config, n=1):
 
 def shows_guide(problem, step, config, failed=False) -> bool:
     """Asked before a group is sampled, and again with failed=True if it was unguided and all wrong.
-    The place for a schedule of your own."""
+    Your schedule goes here."""
     if config.guide_when == "always":
         return True
     if config.guide_when == "on-failure":
@@ -496,7 +496,7 @@ def collect_rollouts(model, tokenizer, problems, step, config):
     return groups
 
 
-# ---- Advantages, log-probs and loss, as pure functions ----
+# ---- Advantages, log-probs, loss ----
 def group_advantages(rewards, group_size, scale="std", eps=1e-6):
     """A_i = (r_i - mean r) / (std r + eps): rewards 1 0 0 0 -> 1.5 -.5 -.5 -.5. (B*G,)"""
     r = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)  # (B, G)
@@ -563,7 +563,7 @@ def micro_batches(rollouts, config):
 
 
 def backward(model, batch, old_logprobs, share, config):
-    """Add the gradient of a micro-batch, a `share` of its mini-batch: loss and clip_fraction."""
+    """Add the gradient of this `share` of a mini-batch; returns loss and clip_fraction."""
     logprobs, sampled = score(model, batch, config)  # (N, T)
     if old_logprobs is None:  # pi still is pi_old
         old_logprobs = logprobs.detach()
@@ -574,7 +574,7 @@ def backward(model, batch, old_logprobs, share, config):
 
 
 def update(model, tokenizer, optimizer, rollouts, config):
-    """One optimizer step for each mini-batch; returns the loss of a mini-batch, and means."""
+    """One optimizer step for each mini-batch; returns means over them."""
     rewards = [r.reward for r in rollouts]
     advantages = group_advantages(rewards, config.group_size, config.advantage_scale)
     for r, advantage in zip(rollouts, advantages.tolist()):
@@ -609,7 +609,7 @@ def chunks(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-# ---- Evaluation, unguided by construction, and training ----
+# ---- Evaluation and training ----
 def evaluate(model, tokenizer, problems, config):
     """Accuracy without a guide, {difficulty: [mean, its standard error], ..., "mean": [...]}."""
     asked = [(p, False) for p in problems]
@@ -624,7 +624,7 @@ def evaluate(model, tokenizer, problems, config):
 
 
 def train_step(model, tokenizer, optimizer, problems, step, config):
-    """Sample, reward, learn; returns the rollouts and the metrics."""
+    """Sample, reward, learn; returns rollouts and metrics."""
     torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
     batch = random.Random(f"{config.seed} {step}").choices(problems, k=config.prompts_per_step)
     start = time.process_time()
@@ -691,7 +691,7 @@ def read_rows(path, split):
         if not files:
             raise UserError(f"{path} has no file {split}.jsonl or {split}.parquet")
         return [row for file in sorted(files) for row in read_rows(str(file), split)]
-    if path.endswith("jsonl"):  # `datasets` would guess types: a date, a rounded number
+    if path.endswith("jsonl"):  # `datasets` would guess types
         lines = Path(path).read_bytes().splitlines()
         return [json.loads(line, parse_int=str, parse_float=str) for line in lines if line.strip()]
     if path.endswith("parquet"):
@@ -700,7 +700,7 @@ def read_rows(path, split):
 
 
 def load_model(path, config):
-    """The model, in float32, and its tokenizer; without a path the toy's base."""
+    """In float32, with its tokenizer; without a path the toy's."""
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     path = path or TASKS / config.task / "base"
@@ -724,7 +724,7 @@ PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 {% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""  # for base models
 
 
-# ---- The run folder: whenever the process dies, --resume works ----
+# ---- The run folder, safe from kills ----
 @contextmanager
 def replacing(path):
     """All of a file or nothing: written aside, then swapped in."""
@@ -734,7 +734,7 @@ def replacing(path):
 
 
 def open_run(config):
-    """The run folder, that of --resume or a new one with the settings in it."""
+    """That of --resume, or a new folder with the settings in it."""
     if config.resume:
         return Path(config.resume)
     name = f"runs/{config.domain}-{config.guide}-{config.guide_when}-seed{config.seed}"
@@ -758,7 +758,7 @@ def save_checkpoint(folder, model, optimizer, step, fingerprint):
 
 
 def restore(folder, model, optimizer, fingerprint):
-    """Go back to the checkpoint, with the logs; returns its step, -1 if there is none."""
+    """Weights and logs as at the checkpoint; returns its step, -1 without one."""
     checkpoint, done = folder / "checkpoint" / "training.pt", -1
     if checkpoint.exists():
         done, saved, *weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -796,7 +796,7 @@ def report(folder):
         after, e = last["pass@1"][level]
         row = f"{before:.3f} ± {error:.3f}    {after:.3f} ± {e:.3f}    {after - before:+.3f}"
         print(f"difficulty {level:<6}  {row}")
-    print(f"\n{folder} holds metrics.jsonl, rollouts.jsonl, checkpoint/")
+    print(f"\n{folder} holds it all")
     try:
         from tiny_tasks import plots
     except ModuleNotFoundError:
@@ -805,7 +805,7 @@ def report(folder):
 
 
 def parse(arguments):
-    """Flags to Config; with --resume the settings of that run are the defaults."""
+    """With --resume the settings of that run are the defaults."""
     parser = HfArgumentParser(Config, exit_on_error=False, add_help=False)
     given, rest = parser.parse_known_args(arguments)
     if rest:
