@@ -25,7 +25,7 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 116 to 685, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 116 to 679, half an hour to read; below it are data, disk and flags. Left
 out on purpose, but in tiny_tasks/: other schemas of data (prepare), all of mathematics
 (math_verify), code and search, arms side by side (compare), several GPUs (export); a KL term.
 """
@@ -61,7 +61,7 @@ TASKS = Path(__file__).resolve().parent / "tiny_tasks"
 
 
 class UserError(Exception):
-    """An expected mistake: what is wrong and how to mend it, in one line. Exit code 2."""
+    """An expected mistake: what is wrong, and how to mend it."""
 
 
 # ---- Config: every field is a flag ----
@@ -127,7 +127,7 @@ class Domain:
 
     spans: Callable  # (trace, answer) -> [(start, end, mask), ...]: what the reward depends on
     leaks: Callable  # (masked, answer) -> bool: can the answer still be read off?
-    rewards: Callable  # (completions, truths) -> list[float], each from 0 to 1
+    rewards: Callable  # (completions, truths) -> floats, each from 0 to 1
     solved_from: float = 1.0  # the least reward that counts as solved
     converse: Callable = None  # in turns: (model, tokenizer, prompts, config) -> ids, sampled
     told: re.Pattern = None  # what the environment of such turns has written, in a trace
@@ -141,12 +141,12 @@ def find_domain(name):
 
 
 def hidden_spans(trace, domain, answer=""):
-    """Left to right; some overlap. Without `answer`, the stated one counts."""
+    """Left to right; some overlap."""
     return sorted(find_domain(domain).spans(trace, answer))
 
 
 def random_spans(trace, spans, seed):
-    """As many words and signs as the spans hold, anywhere: only *where* differs."""
+    """As many words and signs as the spans hold, anywhere."""
     pieces = [match.span() for match in re.finditer(r"\w+|[^\w\s]", trace)]
     hidden = [piece for piece in pieces if any(a <= piece[0] < b for a, b, _ in spans)]
     chosen = random.Random(seed).sample(pieces, len(hidden))
@@ -183,12 +183,11 @@ def mask_trace(trace, domain, answer="") -> str:
 
 
 def leaks(masked, answer, domain) -> bool:
-    """Can the answer still be read off?"""
     return find_domain(domain).leaks(masked, answer)
 
 
 def reward(completion, ground_truth, domain) -> float:
-    """Of one completion, as TRL and verl ask for it."""
+    """Of one completion."""
     return find_domain(domain).rewards([completion], [ground_truth])[0]
 
 
@@ -265,8 +264,7 @@ LIST = r"^[ \t>*_#-]*(?:\(\d{1,2}\)|\d{1,2}(?:\.\d+)*[.):]|(?<=# )\d[\d.]*)"
 SIGN = r"(?:(?<![\w)\]}'!])(?<![\d)\]}] )(?<!\b\w )[-+−])?"  # no operator, as in n-3 and 7 - 6
 DIGITS = r"(?:\d+(?:(?:,|\{,\})\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 
-# One regex reads a trace from left to right, and what matches first wins: "Step 1" is kept before
-# its 1 can be a number. A test runs each pattern's example.
+# What matches first wins: "Step 1" is kept before its 1 can be a number. Each has its example.
 KEEP = {
     r"\[(?:NUMBER|ANSWER)\]": "[NUMBER]",
     rf"{LABEL}[ ~.#]{{0,2}}{ID}": "Step 1",
@@ -292,8 +290,7 @@ def unkept(trace, pattern, mask):
 
 
 def answer_spans(trace, answer):
-    """An answer that is no number, wherever it stands. Of options all letters are hidden: a lone
-    gap would tell which."""
+    """An answer that is no number. Of options all letters are hidden: one gap would tell which."""
     answer = clean(answer)
     if not re.search(r"\w", answer) or number_value(answer) is not None:
         return []
@@ -306,14 +303,14 @@ def answer_spans(trace, answer):
 
 
 def math_spans(trace, answer):
-    """Numbers, and the answer: the given one, else what the trace states."""
+    """Numbers, and the answer: given, or what the trace states."""
     answers = answer_spans(trace, answer or stated(trace))
     return answers + unkept(trace, "|".join(HIDE), "[NUMBER]")
 
 
 def math_leaks(masked, answer):
-    """Is a number of the answer's value visible, or its text? If in doubt, yes. It finds numbers
-    by itself, to see what the mask misses."""
+    """Is the answer's value or text visible? If in doubt, yes. Its patterns for numbers are not the
+    mask's, to see what that misses."""
     text = KEPT.sub(" ", masked)
     value = number_value(answer)
     if value is not None:  # a sign may be an operator: [NUMBER] - 17
@@ -354,16 +351,16 @@ def build_messages(question, guide_text="", system=""):
 def build_prompt(tokenizer, question, guide_text="", system="") -> str:
     messages = build_messages(question, guide_text, system)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    whole = question.strip() in prompt and guide_text.strip() in prompt
+    whole = all(text.strip() in prompt for text in (question, guide_text, system))
     if not whole or prompt.rstrip().endswith(tokenizer.eos_token):
-        raise UserError("the chat template drops question or guide, or opens no turn after them")
+        raise UserError("the chat template drops a part, or opens no turn after it")
     return prompt
 
 
 def read_problems(path, guide, config, split="train"):
     """Rows as officially released, {"question": "...", "reward_model": {"ground_truth": "16"},
     "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds is needed for a guide, difficulty
-    never. Without a path: the toy's."""
+    never."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
@@ -372,11 +369,10 @@ def read_problems(path, guide, config, split="train"):
         answer = "" if truth is None else str(truth).strip()
         trace = row.get("teacher_ds") or ""
         if not row.get("question") or not answer or (needs_trace and not trace):
-            raise UserError(
-                f"{path} row {number} has no question, ground_truth or teacher_ds: "
-                f"python -m tiny_tasks.prepare {path} --out FILE.jsonl"
-            )
-        p = Problem(row["question"], answer, trace, str(row.get("difficulty") or "all"))
+            lacks = "has no question, ground_truth or teacher_ds: python -m tiny_tasks.prepare"
+            raise UserError(f"{path} row {number} {lacks}")
+        level = row.get("difficulty")
+        p = Problem(row["question"], answer, trace, "all" if level is None else str(level))
         seed = f"{config.seed} {p.question}"
         p.guide = guide_trace(trace, guide, config.domain, answer, seed=seed)
         problems.append(p)
@@ -422,7 +418,7 @@ def pad(rows, device):
 
 
 def until_eos(ids, eos_ids):
-    """The first EOS was sampled, and counts; generate has padded what follows."""
+    """The first EOS counts; generate has padded what follows."""
     ends = [t + 1 for t, token in enumerate(ids) if token in eos_ids]
     return ids[: ends[0]] if ends else ids
 
@@ -523,18 +519,17 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_hig
     ratio is 1 and advantages sum to 0: the *value* is 0, its gradient, -A * grad log pi, is not."""
     mask, A = mask.bool(), advantages[:, None]  # (N, T), (N, 1)
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T)
-    unclipped = ratio * A  # (N, T)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A  # (N, T)
+    unclipped = ratio * A
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
     # min, whatever A's sign: to leave the range gains nothing, the way back is open
-    token_loss = -torch.min(unclipped, clipped) * mask  # (N, T)
+    token_loss = -torch.min(unclipped, clipped) * mask
     loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
-    stopped = (clipped < unclipped) & mask  # (N, T)
+    stopped = (clipped < unclipped) & mask
     return loss, {"clip_fraction": stopped.sum() / mask.sum().clamp(min=1)}
 
 
 def masked_expert_loss(model, tokenizer, problem, domain):
-    """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO: it puts
-    the plan into the loss, for comparison."""
+    """Mean NLL of the trace's visible tokens, given the question alone. No part of SMEPO."""
     unseen = [span[:2] for span in hidden_spans(problem.trace, domain, problem.answer)]
     if told := find_domain(domain).told:
         unseen += [match.span() for match in told.finditer(problem.trace)]
@@ -549,7 +544,7 @@ def masked_expert_loss(model, tokenizer, problem, domain):
 
 # ---- Update ----
 def score(model, rollouts, config):
-    """log pi of every token of N rollouts, and 1 where the policy chose the token. (N, T)"""
+    """log pi of the last T tokens of N rollouts, and 1 where the policy chose one. (N, T)"""
     ids, attention_mask = pad([r.prompt_ids + r.ids for r in rollouts], model.device)  # (N, P+T)
     sampled, _ = pad([r.sampled for r in rollouts], model.device)  # (N, T)
     T = sampled.shape[1]  # a shorter row begins in its prompt, where sampled is 0
@@ -557,15 +552,14 @@ def score(model, rollouts, config):
 
 
 def micro_batches(rollouts, config):
-    """Advantage 0, as in all-wrong and all-right groups, has no gradient: not scored, such rollouts
-    still count in the mean."""
+    """Advantage 0 has no gradient: such rollouts are not scored, but count in the mean."""
     return chunks([r for r in rollouts if r.advantage != 0], config.micro_batch)
 
 
 def backward(model, batch, old_logprobs, share, config):
     """Add the gradient of this `share` of a mini-batch; returns loss and clip_fraction."""
     logprobs, sampled = score(model, batch, config)  # (N, T)
-    if old_logprobs is None:  # pi still is pi_old
+    if old_logprobs is None:  # one mini-batch: pi still is pi_old
         old_logprobs = logprobs.detach()
     A = torch.tensor([r.advantage for r in batch], device=model.device)  # (N,)
     loss, stats = policy_loss(logprobs, old_logprobs, A, sampled, config.clip_low, config.clip_high)
@@ -580,7 +574,7 @@ def update(model, tokenizer, optimizer, rollouts, config):
     for r, advantage in zip(rollouts, advantages.tolist()):
         r.advantage = advantage
     minis = chunks(rollouts, len(rollouts) // config.mini_batches)
-    old_logprobs = iter([])  # with one mini-batch pi is pi_old
+    old_logprobs = iter([])
     if config.mini_batches > 1:
         batches = sum([micro_batches(mini, config) for mini in minis], [])
         with torch.no_grad():
@@ -625,7 +619,7 @@ def evaluate(model, tokenizer, problems, config):
 
 def train_step(model, tokenizer, optimizer, problems, step, config):
     """Sample, reward, learn; returns rollouts and metrics."""
-    torch.manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run samples the same
+    torch.manual_seed(config.seed * 1_000_003 + step)  # a resumed run samples the same
     batch = random.Random(f"{config.seed} {step}").choices(problems, k=config.prompts_per_step)
     start = time.process_time()
     groups = collect_rollouts(model, tokenizer, batch, step, config)
@@ -661,7 +655,7 @@ def train(config):
     free = {"resume": "", "steps": 1, "device": "", "micro_batch": 1}  # what may change
     fingerprint = zlib.crc32(repr([replace(config, **free), problems, tests]).encode())
     folder = open_run(config)
-    print(f"if it is stopped: python smepo.py --resume {folder}")
+    print(f"if it is stopped: python smepo.py --resume {folder} --steps {config.steps}")
     done = restore(folder, model, optimizer, fingerprint)
     print(f"\n{problems[0].question}\n\nguide:\n{problems[0].guide}\n")
     torch.manual_seed(config.seed)
@@ -700,7 +694,7 @@ def read_rows(path, split):
 
 
 def load_model(path, config):
-    """In float32, with its tokenizer; without a path the toy's."""
+    """In float32, with its tokenizer."""
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     path = path or TASKS / config.task / "base"
@@ -727,14 +721,14 @@ PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 # ---- The run folder, safe from kills ----
 @contextmanager
 def replacing(path):
-    """All of a file or nothing: written aside, then swapped in."""
+    """All of a file or nothing."""
     new = path.with_name(path.name + ".new")
     yield new
     os.replace(new, path)
 
 
 def open_run(config):
-    """That of --resume, or a new folder with the settings in it."""
+    """That of --resume, or a new one."""
     if config.resume:
         return Path(config.resume)
     name = f"runs/{config.domain}-{config.guide}-{config.guide_when}-seed{config.seed}"
@@ -752,20 +746,20 @@ def open_run(config):
 
 
 def save_checkpoint(folder, model, optimizer, step, fingerprint):
-    weights = model.state_dict(), optimizer.state_dict()  # a step seeds its own sampling
+    states = model.state_dict(), optimizer.state_dict()  # a step seeds its own sampling
     with replacing(folder / "checkpoint" / "training.pt") as new:
-        torch.save([step, fingerprint, *weights], new)
+        torch.save([step, fingerprint, *states], new)
 
 
 def restore(folder, model, optimizer, fingerprint):
     """Weights and logs as at the checkpoint; returns its step, -1 without one."""
     checkpoint, done = folder / "checkpoint" / "training.pt", -1
     if checkpoint.exists():
-        done, saved, *weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        done, saved, weights, state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved != fingerprint:
-            raise UserError(f"--resume {folder}: its settings or its data are others now")
-        model.load_state_dict(weights[0])
-        optimizer.load_state_dict(weights[1])
+            raise UserError(f"--resume {folder}: its settings or data have changed")
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
     for log in folder / "metrics.jsonl", folder / "rollouts.jsonl":
         log.touch()
         kept = [record for record in read_records(log) if record["step"] <= done]
@@ -788,7 +782,7 @@ def read_records(path):
 
 # ---- Main ----
 def report(folder):
-    """The table before -> after, and curve.png if matplotlib is there."""
+    """The table, and curve.png if matplotlib is there."""
     points = [r for r in read_records(folder / "metrics.jsonl") if "pass@1" in r]
     first, last = points[0], points[-1]
     print(f"\nunguided accuracy  step 0           step {last['step']:<11} change")
@@ -809,8 +803,9 @@ def parse(arguments):
     parser = HfArgumentParser(Config, exit_on_error=False, add_help=False)
     given, rest = parser.parse_known_args(arguments)
     if rest:
-        command = f"python -m tiny_tasks.{rest[0]}" if rest[0].isalpha() else "--help"
-        raise UserError(f"{rest[0]} is no flag of it: see {command}")
+        is_command = (TASKS / f"{rest[0]}.py").exists()
+        command = f"python -m tiny_tasks.{rest[0]}" if is_command else "--help"
+        raise UserError(f"{rest[0]} is no flag: see {command}")
     if given.resume:
         saved = json.loads(Path(given.resume, "config.json").read_text(encoding="utf-8"))
         given = parser.parse_args(arguments, argparse.Namespace(**saved))
@@ -818,7 +813,7 @@ def parse(arguments):
 
 
 NOT_LEARNED = """
-It computes better now, but cannot plan five operations: the guide did that. A guide that fades
+It computes better now, but cannot plan five operations: the guide did that. One that fades
 teaches both, in two minutes:
 python smepo.py --guide_when fade --learning_rate 4e-4 --advantage_scale none --steps 100"""
 
@@ -841,7 +836,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    import smepo  # as the one module that domains import, too
+    import smepo  # the module that domains import
 
     sys.stdout.reconfigure(errors="replace")  # a Windows pipe knows few signs
     sys.exit(smepo.main(sys.argv[1:]))

@@ -179,8 +179,8 @@ DROPS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}!
         (CHATML, "solution:\nt<|im_end|>\n<|im_start|>assistant\n"),
         (LLAMA_3, "solution:\nt<|eot|><|h|>assistant<|/h|>\n\n"),
         (smepo.PLAIN_TEMPLATE, "solution:\nt\n\nAssistant:"),
-        (LLAMA_2, "opens no turn after them"),
-        (DROPS, "the chat template drops question or guide, or opens no turn after them"),
+        (LLAMA_2, "opens no turn after it"),
+        (DROPS, "the chat template drops a part, or opens no turn after it"),
     ],
     ids=["ChatML", "Llama-3", "plain", "Llama-2", "drops"],
 )
@@ -651,7 +651,7 @@ def test_killed_again_and_again_a_run_resumes_to_the_same_bits(whole, monkeypatc
 def test_ctrl_c_names_the_command_to_go_on_with(whole, monkeypatch, capsys):
     monkeypatch.setattr(smepo, "train_step", Mock(side_effect=KeyboardInterrupt))
     assert smepo.main(flags(whole[1]) + ["--out", "mine"]) == 130
-    assert "python smepo.py --resume mine\n" in capsys.readouterr().out
+    assert "python smepo.py --resume mine --steps 3\n" in capsys.readouterr().out
 
 
 def test_resume_goes_on_for_more_steps_and_refuses_other_settings_and_data(whole, capsys):
@@ -660,7 +660,7 @@ def test_resume_goes_on_for_more_steps_and_refuses_other_settings_and_data(whole
         assert smepo.main(["--resume", "mine", "--steps", "3"]) == 0
         assert_same_run(whole[0], folder)
     message = refused(capsys, ["--resume", "mine", "--learning_rate", "0.5"])
-    assert message == "smepo.py: --resume mine: its settings or its data are others now"
+    assert message == "smepo.py: --resume mine: its settings or data have changed"
     assert "nowhere/config.json" in refused(capsys, ["--resume", "nowhere"])
     data = Path(whole[1].data)
     before = data.read_bytes()

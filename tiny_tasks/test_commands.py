@@ -129,7 +129,7 @@ def test_export_refuses_bad_input_in_one_line_and_overwrites_nothing(capsys):
     for data in "train.jsonl", ".":  # of a folder it trains on every train*.jsonl
         flags = [*full, "train.jsonl", "--data", data]
         assert "would be overwritten" in refused(capsys, export.main, *flags)
-    assert "--what is no flag of it" in refused(capsys, export.main, *full, "out.jsonl", "--what")
+    assert "--what is no flag" in refused(capsys, export.main, *full, "out.jsonl", "--what")
 
 
 def trl_script(folder: Path) -> Path:
