@@ -26,8 +26,8 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py --guide none    GRPO; --help lists every setting
 
 The algorithm is lines 116 to 679, half an hour to read; below it are data, disk and flags. Left
-out on purpose, but in tiny_tasks/: other schemas of data (prepare), all of mathematics
-(math_verify), code and search, arms side by side (compare), several GPUs (export); a KL term.
+out: a KL term, as in the paper; for tiny_tasks/, other schemas of data (prepare), all of
+mathematics (math_verify), code and search, arms side by side (compare), several GPUs (export).
 """
 
 import argparse

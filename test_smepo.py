@@ -181,14 +181,15 @@ DROPS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}!
         (smepo.PLAIN_TEMPLATE, "solution:\nt\n\nAssistant:"),
         (LLAMA_2, "opens no turn after it"),
         (DROPS, "the chat template drops a part, or opens no turn after it"),
+        (CHATML.replace("messages %}", "messages if m.role != 'system' %}"), "no turn after it"),
     ],
-    ids=["ChatML", "Llama-3", "plain", "Llama-2", "drops"],
+    ids=["ChatML", "Llama-3", "plain", "Llama-2", "drops", "drops the system prompt"],
 )
 def test_a_template_opens_a_turn_or_is_refused(base, monkeypatch, template, end):
     monkeypatch.setattr(base[1], "chat_template", template)
     assert "x" in smepo.build_prompt(base[1], "x")  # the question alone suits every one
     try:
-        text = smepo.build_prompt(base[1], "x", "t")
+        text = smepo.build_prompt(base[1], "x", "t", "the system prompt")
     except UserError as error:
         text = str(error)
     assert text.endswith(end)
@@ -201,11 +202,10 @@ def test_an_answer_stays_what_it_is(tmp_path, truth):
     assert p.answer == str(truth)
 
 
-BLANK = {"ground_truth": " "}
-FAULTS = {"question": None}, {"teacher_ds": ""}, {"reward_model": None}, {"reward_model": BLANK}
+FAULTS = {"question": None}, {"teacher_ds": ""}, {"reward_model": None}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, {"reward_model": {"ground_truth": " "}}])
 def test_bad_rows_are_named_by_their_number_and_what_mends_them(tmp_path, capsys, fault):
     data = write_rows(tmp_path / "bad.jsonl", [GOOD, GOOD | fault, GOOD])
     message = refused(capsys, flags(small(tmp_path, data=data)))
@@ -226,7 +226,7 @@ def test_parquet_and_folders_load_like_jsonl(tmp_path, base):
     def load(path, split="train"):
         return smepo.load_problems(str(path), "semantic", base[1], settings(), split)
 
-    date = {"reward_model": {"ground_truth": "2001-03-01"}}  # it stays a string
+    date = {"reward_model": {"ground_truth": "2001-03-01"}, "difficulty": 0}  # and no other type
     lines = [row | date for row in rows("train", 5)]
     write_rows(tmp_path / "train.jsonl", rows("train", 9))
     write_rows(tmp_path / "test.jsonl", lines)
@@ -657,7 +657,7 @@ def test_ctrl_c_names_the_command_to_go_on_with(whole, monkeypatch, capsys):
 def test_resume_goes_on_for_more_steps_and_refuses_other_settings_and_data(whole, capsys):
     folder = smepo.train(dataclasses.replace(whole[1], out="mine", steps=2))
     for _ in range(2):  # the second has nothing left to do
-        assert smepo.main(["--resume", "mine", "--steps", "3"]) == 0
+        assert smepo.main(["--resume", "mine", "--steps", "3", "--micro_batch", "64"]) == 0
         assert_same_run(whole[0], folder)
     message = refused(capsys, ["--resume", "mine", "--learning_rate", "0.5"])
     assert message == "smepo.py: --resume mine: its settings or data have changed"

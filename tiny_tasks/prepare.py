@@ -178,16 +178,16 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with smepo.replacing(given.out) as new:
         new.write_bytes(toys.to_jsonl(kept))
-    report(given, columns, kept, rows, faults)
+    print("--columns", " ".join(map("=".join, columns.items())), "of", ", ".join(raw[0]))
+    report(given, kept, rows, faults)
 
 
-def report(given, columns: dict, kept: list[dict], rows: list[dict], faults: list[str]) -> None:
-    print("--columns", " ".join(f"{part}={column}" for part, column in columns.items()))
+def report(given, kept: list[dict], rows: list[dict], faults: list[str]) -> None:
     trace, answer = kept[0]["teacher_ds"], kept[0]["reward_model"]["ground_truth"]
     masked = smepo.mask_trace(trace, given.domain, answer)
     print(f"\n{kept[0]['question']}\n\nanswer: {answer}\n\n{trace}\n\nmasked:\n{masked}\n")
     counts = Counter(filter(None, faults))
-    counts["no trace"] = sum(not row["teacher_ds"] for row in rows)
+    counts["rows without a trace"] = sum(not row["teacher_ds"] for row in rows)
     print(", ".join(f"{found}: {count}" for found, count in counts.items()))
     print(f"{given.out}: {len(kept)} of {len(rows)} rows" + ", faulty ones dropped" * given.drop)
 
