@@ -25,7 +25,7 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 116 to 679, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 116 to 678, half an hour to read; below it are data, disk and flags. Left
 out: a KL term, as in the paper; for tiny_tasks/, other schemas of data (prepare), all of
 mathematics (math_verify), code and search, arms side by side (compare), several GPUs (export).
 """
@@ -359,8 +359,7 @@ def build_prompt(tokenizer, question, guide_text="", system="") -> str:
 
 def read_problems(path, guide, config, split="train"):
     """Rows as officially released, {"question": "...", "reward_model": {"ground_truth": "16"},
-    "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds is needed for a guide, difficulty
-    never."""
+    "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds only for a guide, difficulty if any."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
