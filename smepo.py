@@ -359,7 +359,7 @@ def build_prompt(tokenizer, question, guide_text="", system="") -> str:
 
 def read_problems(path, guide, config, split="train"):
     """Rows as officially released, {"question": "...", "reward_model": {"ground_truth": "16"},
-    "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds only for a guide, difficulty if any."""
+    "teacher_ds": "Step 1: ...", "difficulty": 2}; teacher_ds for a guide, difficulty if any."""
     path = path or str(TASKS / config.task / f"{split}.jsonl")
     needs_trace = guide != "none" or (config.expert_coef > 0 and split == "train")
     problems = []
