@@ -25,7 +25,7 @@ B problems, G rollouts of each, N rows (B*G or fewer), P prompt and T completion
     python smepo.py                 it learns on a laptop, in a minute
     python smepo.py --guide none    GRPO; --help lists every setting
 
-The algorithm is lines 116 to 678, half an hour to read; below it are data, disk and flags. Left
+The algorithm is lines 116 to 680, half an hour to read; below it are data, disk and flags. Left
 out: a KL term, as in the paper; for tiny_tasks/, other schemas of data (prepare), all of
 mathematics (math_verify), code and search, arms side by side (compare), several GPUs (export).
 """
@@ -462,7 +462,7 @@ def rollout(model, tokenizer, asked, config, n=1):
 
 
 def shows_guide(problem, step, config, failed=False) -> bool:
-    """Asked before a group is sampled, and again with failed=True if it was unguided and all wrong.
+    """Asked before a group is sampled; again, with failed=True, if it was unguided and all wrong.
     Your schedule goes here."""
     if config.guide_when == "always":
         return True
@@ -480,7 +480,7 @@ def collect_rollouts(model, tokenizer, problems, step, config):
     G = config.group_size
     asked = [(p, bool(p.guide and shows_guide(p, step, config))) for p in problems]
     groups = rollout(model, tokenizer, asked, config, G)
-    again = []  # groups that get a second chance, guided
+    again = []  # a second chance, guided
     for i, p in enumerate(problems):
         failed = not any(r.guided or r.solved for r in groups[i])
         if failed and p.guide and shows_guide(p, step, config, failed=True):
@@ -573,14 +573,14 @@ def update(model, tokenizer, optimizer, rollouts, config):
     for r, advantage in zip(rollouts, advantages.tolist()):
         r.advantage = advantage
     minis = chunks(rollouts, len(rollouts) // config.mini_batches)
+    batches = [micro_batches(mini, config) for mini in minis]
     old_logprobs = iter([])
     if config.mini_batches > 1:
-        batches = sum([micro_batches(mini, config) for mini in minis], [])
         with torch.no_grad():
-            old_logprobs = iter([score(model, batch, config)[0] for batch in batches])
+            old_logprobs = iter([score(model, batch, config)[0] for batch in sum(batches, [])])
     stats, norms = [], []
-    for mini in minis:
-        for batch in micro_batches(mini, config):
+    for mini, useful in zip(minis, batches):
+        for batch in useful:
             share = len(batch) / len(mini)
             stats.append(backward(model, batch, next(old_logprobs, None), share, config))
         if config.expert_coef:
@@ -606,11 +606,13 @@ def chunks(rows, size):
 def evaluate(model, tokenizer, problems, config):
     """Accuracy without a guide, {difficulty: [mean, its standard error], ..., "mean": [...]}."""
     asked = [(p, False) for p in problems]
-    solved = {}  # the share of a problem's samples, by difficulty
+    solved = {}  # of each problem the share, by difficulty
     for group in rollout(model, tokenizer, asked, config, config.eval_samples):
         shares = solved.setdefault(group[0].problem.difficulty, [])
         shares.append(fmean([r.solved for r in group]))
-    table = {k: [fmean(s), pstdev(s) / len(s) ** 0.5] for k, s in sorted(solved.items())}
+    table = {}
+    for level, shares in sorted(solved.items()):
+        table[level] = [fmean(shares), pstdev(shares) / len(shares) ** 0.5]
     means, errors = zip(*table.values())
     # every difficulty weighs the same
     return table | {"mean": [fmean(means), math.hypot(*errors) / len(errors)]}
@@ -703,7 +705,7 @@ def load_model(path, config):
     if tokenizer.eos_token is None or len(tokenizer) > rows:
         raise UserError(f"--model {path}: no eos_token, or more tokens than its {rows} embeddings")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    # what else its folder recommends would bend the rollouts
+    # what else its folder says would bend the rollouts
     eos_ids = torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(eos_token_id=eos_ids)
@@ -837,5 +839,5 @@ def main(arguments):
 if __name__ == "__main__":
     import smepo  # the module that domains import
 
-    sys.stdout.reconfigure(errors="replace")  # a Windows pipe knows few signs
+    sys.stdout.reconfigure(errors="replace")  # a Windows pipe has few signs
     sys.exit(smepo.main(sys.argv[1:]))
