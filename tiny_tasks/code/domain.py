@@ -9,21 +9,15 @@ import textwrap
 from smepo import Domain, UserError
 from tiny_tasks.code import judge
 
-# ---- The mask: the first rule that fits wins, from left to right ---------------------------------
-
-RULES = [
-    # what becomes of it, its pattern, and an example, which a test runs
-    ("keep", r"`+[OΘΩT]\([^`\n]*\)`+", "`O(n log n)`"),
-    ("keep", r"`+[\w.]*\w\(\)`+|`+[a-z]{2,}(?:-[a-z]+)+`+", "`str.join()`"),
-    (
-        "block",  # in a quote, in a list, after a word; up to its fence, or the end
-        r"^(?:[ \t>]*|[^`~\n]{0,99}(?=`{3,}[\w+#-]*[ \t\r]*$))(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
-        r".*(?:\n|\Z)[> \t\r\n]*(?P<block>[\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|\Z)",
-        "```python\nx = 1\n```",
-    ),
-    ("inline", r"(?<!`)(?P<ticks>`+)(?!`)(?P<inline>.+?)(?<!`)(?P=ticks)(?!`)", "`a[i] + 1`"),
-]
-RULE = re.compile("|".join(f"(?:{pattern})" for _, pattern, _ in RULES), re.MULTILINE)
+# ---- What is hidden ----
+# What matches first wins: kept inline code, a block, other inline code.
+KEEP = r"`+[OΘΩT]\([^`\n]*\)`+|`+[\w.]*\w\(\)`+|`+[a-z]{2,}(?:-[a-z]+)+`+"  # `O(n)`, `join()`
+BLOCK = (  # in a quote, in a list, after a word; up to its fence, or the end
+    r"^(?:[ \t>]*|[^`~\n]{0,99}(?=`{3,}[\w+#-]*[ \t\r]*$))(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
+    r".*(?:\n|\Z)[> \t\r\n]*(?P<block>[\s\S]*?)(?:^[ \t>]*(?P=fence)[`~]*[ \t]*\r?$|\Z)"
+)
+INLINE = r"(?<!`)(?P<ticks>`+)(?!`)(?P<inline>.+?)(?<!`)(?P=ticks)(?!`)"
+RULE = re.compile(f"{KEEP}|{BLOCK}|{INLINE}", re.MULTILINE)
 COMPUTES = re.compile(  # a call, an index, or an operator between two values
     r"[\w)\]][(\[]|[\w)\]'\"] ?[-+*/%^&|<>=!~]{1,3} ?[\w([{'\"-]"
 )
@@ -49,7 +43,7 @@ def code_spans(trace: str, answer: str) -> list[tuple]:
     return [(*span, "[CODE]") for span in spans if trace[slice(*span)] != "[CODE]"]
 
 
-# ---- The leak check: it shares nothing with the mask ---------------------------------------------
+# ---- The leak check: it shares nothing with the mask ----
 
 STATEMENT = re.compile(
     r"\s*(?:(?:def|for|while|if) [^.?!]*:|return \S+(?: \S+)?"
@@ -77,7 +71,7 @@ def code_leaks(masked: str, answer: str) -> bool:
     return any(STATEMENT.fullmatch(line) for line in outside if "`" not in line)
 
 
-# ---- The reward ----------------------------------------------------------------------------------
+# ---- The reward ----
 
 PROGRAM = re.compile(r"^[ \t]*```.*\n([\s\S]*?)^[ \t]*```", re.MULTILINE)
 

