@@ -39,16 +39,16 @@ def by_arm(results: list[dict]) -> dict[str, list[dict]]:
 def summary(results: list[dict]) -> str:
     arms, levels = by_arm(results), list(results[0]["final"])
     base = [mean_error([run["points"][0][level] for run in results]) for level in levels]
-    rows = [["the base", "", "", *base, "", "", ""]]
+    reached, rows = [["the base", *base]], []
     for arm, runs in arms.items():
+        reached.append([arm, *(mean_error([run["final"][k] for run in runs]) for k in levels)])
         row = [arm, str(len(runs)), mean_error([run["reward"] for run in runs])]
-        row += [mean_error([run["final"][level] for run in runs]) for level in levels]
         row.append(mean_error([run["points"][-1]["seconds"] for run in runs], 0))
         row.append(mean_error([run["leak_rate"] for run in runs]))
         rows.append([*row, mean_error([run["hint_reliance"] for run in runs], 1)])
     names = [level if level == "mean" else f"k = {level}" for level in levels]
-    header = ["arm", "seeds", "reward", *names, "seconds", "leaks", "hint"]
-    text = table(header, rows) + EXPLAINED
+    text = table(["arm", *names], reached) + "\n"
+    text += table(["arm", "seeds", "reward", "seconds", "leaks", "hint"], rows) + EXPLAINED
     if "grpo" in arms:
         text += "\n" + equal_seconds(arms, levels[-2])
     return text + "\n" + seed_by_seed(arms, levels[-2])

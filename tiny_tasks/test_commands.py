@@ -203,7 +203,7 @@ def test_trl_agrees_with_us_on_the_same_rollouts(tmp_path, base, monkeypatch):
 
 def fake(arm: str, accuracies: list[float], seconds: float) -> dict:
     """What a run with 2 steps between points, of `seconds` each, would leave."""
-    points = [{"5": accuracy / 2, "mean": accuracy} for accuracy in accuracies]
+    points = [dict.fromkeys("2345", accuracy / 2) | {"mean": accuracy} for accuracy in accuracies]
     result = {"arm": arm, "seed": 1, "final": points[-1], "reward": 0.5}
     points = [{"seconds": 2 * i * seconds} | point for i, point in enumerate(points)]
     return result | {"points": points, "leak_rate": 0.0, "hint_reliance": 1.0}
@@ -218,6 +218,8 @@ def test_speed_and_equal_seconds_are_told_by_hand():
     slow = fake("smepo", [0.2, 0.6, 0.7], 1.5)  # measured after 3 and 6 s
     assert tables.when_grpo_ends(slow, grpo)["mean"] == 0.6
     assert "| smepo | 0.300 | 0.600 | 1.3 | 1.3 |" in tables.summary([grpo, slow])  # 4 s against 3
+    many = [fake(arm, [0.2, 0.4], 10.0) | {"seed": n} for arm in compare.ARMS for n in range(10)]
+    assert max(map(len, tables.summary(many).splitlines())) <= 100
 
 
 def test_compare_trains_measures_resumes_and_refuses_other_settings(tmp_path, capsys):
