@@ -26,8 +26,10 @@ CASES = r"""
 | by O'Neil, O’Dowd. Yun-ho won. May 1742 came | by [ENTITY], [ENTITY]. [ENTITY] won. [ENTITY] came
 | 1,250 at 12:30 on 14/06/1931, 1641–44, 3−4 | [ENTITY] at [ENTITY] on [ENTITY], [ENTITY], [ENTITY]
 | twenty-one, a sixth, thousands, one hundred | [ENTITY], a [ENTITY], [ENTITY], [ENTITY]
+| third, fifth, ninth, twelfth, hundredths | [ENTITY], [ENTITY], [ENTITY], [ENTITY], [ENTITY]
 | is it? Trees! Trees: Trees (so) Trees | is it? Trees! Trees: Trees (so) Trees
-| a 3D film | a [ENTITY]D film
+| a 3D film élan, Ada Roe | a [ENTITY]D film élan, [ENTITY]
+search | <search>a search</search> | <search>a [ANSWER]</search>
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
 | search[lena roe born] by Lena Roe | search[[ENTITY] born] by [ENTITY]
@@ -43,7 +45,7 @@ B | Choice B is, A and (D) are not. | Choice [ANSWER] is, [ANSWER] and ([ANSWER]
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
 no | No, there is no rush, no-one runs. | [ANSWER], there is no rush, no-one runs.
 1 | Step 1: b\n1. Then\n(3) So | Step 1: b\n1. Then\n(3) So
-2 | Action 12: b\nObservation 2: b | Action 12: b\nObservation 2: b
+2 | Thought 2: b\nAction 12: b\nObservation 2: b | Thought 2: b\nAction 12: b\nObservation 2: b
 | https://a, x.org/upper/fern: by Fern. Fern grows | [ENTITY] [ENTITY] by [ENTITY]. [ENTITY] grows
 """
 
