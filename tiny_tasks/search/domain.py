@@ -14,9 +14,9 @@ NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|This|That|These|Those|My|Our|H
     |Thus|Hence|Therefore|Meanwhile|Finally|Title|Find|Let|Search|Look|Compare|Check|Choices?)\b)"""
 NAME = rf"(?<![\w\]])(?![a-zß-öø-ÿ\d_]|{NO_NAME})\w++(?:['’-](?!s\b)\w+)*+"  # O'Neil, 北京
 THING = rf"(?:{NAME}|[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?)"
-LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|der|de|la) )*"
-OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z]\. )(?<![A-Z][rt]\. ))"  # a sentence; not J. Roe
-ALONE = rf"{OPENS}[^\W\d]\w*+(?!['’-]|{LINK}{THING})"  # Cities grow
+LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|der|de|la) )*"  # Ana de la Cruz
+OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z]\. )(?<![A-Z][rt]\. ))"  # a sentence; no J. Roe
+ALONE = rf"{OPENS}[^\W\d]\w*+(?!['’-]|{LINK}{THING})"  # Cities grow: a name if it is one elsewhere
 
 # What matches first wins. Kept are masks, tags and labels; hidden are links, numbers and names.
 KEEP = r"\[[A-Z]{6}\]|</?[a-z]+>|^\(?\d\d?[.)] |\b(?:Thought|Action|Observation|Step|Doc) \d+"
