@@ -48,7 +48,7 @@ def spans(trace: str, answer: str) -> list[tuple]:
     patterns = [answer_pattern(text) for text in given if re.fullmatch(r"[^\[]+", text)]
     answers = unkept(trace, "|".join(patterns))
     found = unkept(trace, ENTITY)
-    again = [re.escape(word) for match in found for word in re.findall(NAME, match[0])]
+    again = [word for match in found for word in re.findall(NAME, match[0])]
     again += [rf"(?i:{re.escape(match[0])})" for match in found if " " in match[0]]
     found += unkept(trace, rf"\b(?:{'|'.join(again) or '(?!)'})\b")
     masks = ["[ANSWER]" if COMMON.fullmatch(match[0]) else "[ENTITY]" for match in answers]
