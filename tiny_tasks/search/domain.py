@@ -4,27 +4,28 @@ in which order, and why."""
 
 import re
 
-from smepo import OPTION, WORD, Domain, number_value, stated
+from smepo import LABEL, OPTION, WORD, Domain, number_value, stated
 from tiny_tasks.search.dialogue import TOLD, converse
 
 # ---- What is hidden ----
-NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|This|That|These|Those|My|Our|His|Her|Its|Their|Who
-    |Which|What|When|Where|Why|How|Is|Are|Was|Were|Do|Does|Did|Has|Have|If|So|No|Not|Yes|And|Or|But
-    |For|In|On|At|By|To|Of|From|With|As|Since|Because|Before|After|Both|However|First|Next|Now|Then
-    |Thus|Hence|Therefore|Meanwhile|Finally|Title|Find|Let|Search|Look|Compare|Check|Choices?)\b)"""
+NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|There|This|That|These|Those|My|Our|His|Her|Its
+    |Their|Who|Which|What|When|Where|Why|How|Is|Are|Was|Were|Do|Does|Did|Has|Have|If|So|No|Not|Yes|And
+    |Or|But|For|In|On|At|By|To|Of|From|With|As|Since|Because|Before|After|Both|However|First|Next
+    |Now|Then|Thus|Hence|Therefore|Meanwhile|Finally|Title|Find|Search|Let|Look|Choices?)\b)"""
 NAME = rf"(?<![\w\]])(?![a-zß-öø-ÿ\d_]|{NO_NAME})\w++(?:['’-](?!s\b)\w+)*+"  # O'Neil, 北京
 THING = rf"(?:{NAME}|[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?)"
-LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|der|de|la) )*"  # Ana de la Cruz
-OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z]\. )(?<![A-Z][rt]\. ))"  # a sentence; no J. Roe
-ALONE = rf"{OPENS}[^\W\d]\w*+(?!['’-]|{LINK}{THING})"  # Cities grow: a name if it is one elsewhere
+LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|d[aei]|der|del|la|bin) )*"  # Ana de la Cruz
+OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z][.:)] )(?<![A-Z][rt]\. ))"  # a sentence; no J. Roe
+# Cities grow: no name, unless it is one elsewhere
+ALONE = rf"{OPENS}[^\W\d]\w++(?!['’-]|[ ,](?:is|was|has|had|came|won)\b|{LINK}{THING})"
 
 # What matches first wins. Kept are masks, tags and labels; hidden are links, numbers and names.
-KEEP = r"\[[A-Z]{6}\]|</?[a-z]+>|^\(?\d\d?[.)] |\b(?:Thought|Action|Observation|Step|Doc) \d+"
+KEEP = rf"\[[A-Z]{{6}}\]|</?[a-z]+>|^\(?\d\d?[.)] |(?:{LABEL}|Thought|Action|Observation|Doc) \d+"
 URL = r"(?<![\w.\]-])(?:https?://|(?:[\w-]+\.)+[a-z]+/)[^\s<>()\[\]]*"  # x.org/fern_castle
 NUMERAL = rf"\b(?i:(?:one[ -])?(?:{WORD}|third|fifth|ninth|twelfth)(?:t?h|s|[ -](?:one|{WORD}))*)\b"
 ENTITY = rf"{URL}|{NUMERAL}|(?!{ALONE}){THING}(?:{LINK}{THING})*"  # 9 March 1742
 # Names all look alike: another mask for the right one of two that are compared would tell it.
-COMMON = re.compile(rf"\W*(?i:yes|no|[a-h])\W*|(?s:(?!{THING}).)+")
+COMMON = re.compile(rf"\W*(?i:yes|no|[a-h])\W*|(?s:(?!{THING}|{NUMERAL}).)+")
 
 
 def answer_pattern(answer: str) -> str:
@@ -44,7 +45,7 @@ def unkept(trace: str, pattern: str) -> list[re.Match]:
 
 def spans(trace: str, answer: str) -> list[tuple]:
     """The answer, names and numbers; and those names again, opening a sentence or in a query."""
-    given = {answer, stated(trace), *re.findall(r"(?i)finish\[([^]\n]+)", trace)}
+    given = {answer, concluded(trace)}
     patterns = [answer_pattern(text) for text in given if re.fullmatch(r"[^\[]+", text)]
     answers = unkept(trace, "|".join(patterns))
     found = unkept(trace, ENTITY)
@@ -57,6 +58,12 @@ def spans(trace: str, answer: str) -> list[tuple]:
 
 
 # ---- The reward ----
+def concluded(text: str) -> str:
+    """The last <answer>...</answer> or finish[...]; without one, what math reads."""
+    found = re.findall(r"(?i)(?:<answer>|finish\[)([^]<\n]+)", text)
+    return found[-1].strip() if found else stated(text)
+
+
 def plain_words(text: str) -> list[str]:
     """What is compared: a number's value, else words, without case, articles and punctuation."""
     value = number_value(text)
@@ -66,7 +73,7 @@ def plain_words(text: str) -> list[str]:
 
 def rewards(texts: list[str], truths: list[str]) -> list[float]:
     """1.0 where the answer that is stated last is the truth."""
-    pairs = zip(map(stated, texts), truths, strict=True)
+    pairs = zip(map(concluded, texts), truths, strict=True)
     return [float(a != "" and plain_words(a) == plain_words(b)) for a, b in pairs]
 
 

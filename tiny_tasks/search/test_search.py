@@ -32,6 +32,9 @@ CASES = r"""
 search | <search>a search</search> | <search>a [ANSWER]</search>
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
+Inception | Inception came first. Interstellar came next. | [ENTITY] came first. [ENTITY] came next.
+| (A) Rome\nB) Oslo\nC: Bern | (A) [ENTITY]\nB) [ENTITY]\nC: [ENTITY]
+twelve | it is ten, not twelve | it is [ENTITY], not [ENTITY]
 | search[lena roe born] by Lena Roe | search[[ENTITY] born] by [ENTITY]
 Okja | of Train to Busan or Okja | of [ENTITY] to [ENTITY] or [ENTITY]
 | So the answer is oxygen. It is oxygen | So the answer is [ANSWER]. It is [ANSWER]
@@ -39,7 +42,8 @@ the red hen | a red hen, red hens, a hen | a [ANSWER], [ANSWER], a hen
 end of the war | the end of war, an end of the war | the [ANSWER], an [ANSWER]
 entity | an entity in Rome | an [ANSWER] in [ENTITY]
 Jane Roe | Roe won | [ENTITY] won
-| <answer>no idea</answer>\nFinish[no end] | <answer>[ANSWER]</answer>\nFinish[[ANSWER]]
+| <answer>no idea</answer> | <answer>[ANSWER]</answer>
+| <answer>J. Roe</answer>\nFinish[no end] | <answer>[ENTITY]. [ENTITY]</answer>\nFinish[[ANSWER]]
 B | Choice B is, A and (D) are not. | Choice [ANSWER] is, [ANSWER] and ([ANSWER]) are not.
 (B) | A fox, b and B = c | A fox, b and [ENTITY] = c
 J. Roe | The answer is Lou. Lou won | The answer is [ENTITY]. [ENTITY] won
@@ -101,9 +105,10 @@ def test_the_leak_check_cries_where_the_answer_can_be_read(text, answer, cries):
 
 def test_the_reward_is_an_exact_match_of_what_is_stated_last():
     right = [("<answer> the trieste. </answer>", "Trieste"), ("<answer>1,250</answer>", "1250")]
+    right += [("<answer>J. K. Roe</answer>", "J. K. Roe"), ("Action 2: Finish[Oslo]", "Oslo")]
     wrong = [("<answer>-5</answer>", "5"), ("<answer>50</answer>", "50 Cent")]
     wrong += [("<answer>Trieste, Italy</answer>", "Trieste"), ("<answer></answer>", "")]
-    assert domain.rewards(*zip(*right)) == [1.0, 1.0]
+    assert domain.rewards(*zip(*right)) == [1.0] * 4
     assert domain.rewards(*zip(*wrong)) == [0.0] * 4
 
 
