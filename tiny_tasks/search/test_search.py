@@ -33,7 +33,7 @@ search | <search>a search</search> | <search>a [ANSWER]</search>
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
 Inception | Inception came first. Interstellar came next. | [ENTITY] came first. [ENTITY] came next.
-| (A) Rome\nB) Oslo\nC: Bern | (A) [ENTITY]\nB) [ENTITY]\nC: [ENTITY]
+| A) Rome\n(A) Oslo\nA: Bern | A) [ENTITY]\n(A) [ENTITY]\nA: [ENTITY]
 twelve | it is ten, not twelve | it is [ENTITY], not [ENTITY]
 | search[lena roe born] by Lena Roe | search[[ENTITY] born] by [ENTITY]
 Okja | of Train to Busan or Okja | of [ENTITY] to [ENTITY] or [ENTITY]
