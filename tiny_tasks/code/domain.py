@@ -18,11 +18,13 @@ BLOCK = (  # in a quote, in a list, after a word; up to its fence, or the end
 )
 INLINE = r"(?<!`)(?P<ticks>`+)(?!`)(?P<inline>.+?)(?<!`)(?P=ticks)(?!`)"
 RULE = re.compile(f"{KEEP}|{BLOCK}|{INLINE}", re.MULTILINE)
-COMPUTES = re.compile(  # a call, an index, or an operator between two values
-    r"[\w)\]][(\[]|[\w)\]'\"] ?[-+*/%^&|<>=!~]{1,3} ?[\w([{'\"-]"
+COMPUTES = re.compile(  # a call, an index, an operator between two values, a keyword
+    r"[\w)\]][(\[]|[\w)\]'\"] ?[-+*/%^&|<>=!~:]{1,3} ?[\w([{'\"-]|\+\+|--"
+    r"|[\w)\]] (?:and|or|in|if) \w|\b(?:return|lambda) \w"
 )
 CODE_LINE = re.compile(  # of a program without a fence
     r"\s*(?:(?:def|class|for|from|import|return)\b[^.?!]*[\w):{;]"
+    r"|(?:while|if|elif|else|try|with)\b[^.?!]*:"
     r"|(?:#!|#include|//|/\*|<|(?:SELECT|CREATE|INSERT|UPDATE) ).*"
     r"|[\w.$\[\]]+(?:, ?[\w.]+)* ?[-+*/]?= ?\S.*|[\w.]+\(.*\)|.*[;{}])\s*$"
 )
@@ -54,7 +56,7 @@ STATEMENT = re.compile(
 def code_leaks(masked: str, answer: str) -> bool:
     """Is a line left in a fence, or inline code that computes, or a line of code elsewhere?"""
     outside, fence = [], ""
-    for line in masked.split("\n"):
+    for line in re.sub(r"\$\$[^$]*\$\$", "", masked).split("\n"):  # without formulas
         mark = re.match(r"[\s>]*(?:[-*+] |\d+[.)] )?(?:[^`~]*(?=```[\w+#-]*$))?(```+|~~~+)", line)
         if mark and (not fence or mark[1].startswith(fence)):
             fence = "" if fence else mark[1]

@@ -16,6 +16,8 @@ def mask(text: str) -> str:
 
 MASKED = {
     "So `a[i] + 1` in `O(n)`.": "So `[CODE]` in `O(n)`.",
+    "`return x`, `x:=3`, `x++`, `x in s`, `in place`": "`[CODE]`, " * 4 + "`in place`",
+    "while a:\n  b\nelse:\n  c": "[CODE]",
     "```python\nx = 1\n```\nand\n~~~\nx = 2": "```python\n[CODE]\n```\nand\n~~~\n[CODE]",
     "- ```\n  x = 1\n  ```\nSo": "- ```\n  [CODE]\n  ```\nSo",
     "> ```\n> x = 2\n> ```": "> ```\n> [CODE]\n> ```",
@@ -39,6 +41,7 @@ LEAKS = "def f(x):|for i in x:|while x:|if x:|return x|return not x|x = 1|a[i] +
         "We are done (so: all).",
         "This:\nWe stop. Then x;\nDone.",
         "```\n\n```",
+        "$$\nf[i] = f[i-1]\n$$",
         "For n. We see:",
         "if so. We see:",
     ],
