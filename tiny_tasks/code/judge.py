@@ -6,6 +6,7 @@ It runs in a process of its own, see sandbox.py. What it should print stays and 
 import json
 import marshal
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ def cases(tests: str) -> list[tuple[str, str]]:
 
 
 def outputs(program: str, inputs: list[str]) -> list[str]:
-    """What it prints for each input, up to the first that fails. IndexError: it never began."""
+    """What it prints for each, up to the first that fails or is cut; IndexError: none began."""
     needed = ("SYSTEMROOT", "LD_LIBRARY_PATH")  # without them some Pythons do not start
     try:
         written = subprocess.run(
@@ -48,7 +49,7 @@ def outputs(program: str, inputs: list[str]) -> list[str]:
         ).stdout
     except subprocess.TimeoutExpired as stopped:  # with what it had printed by then
         written = stopped.stdout or b""
-    begun = written.split(b"ready")[1].split(b"\n")[1:-1]  # a line without an end was cut off
+    begun = re.findall(rb"(?m)^((?:[\da-f]{2})*)\r?\n", written.split(b"ready")[1])[1:]
     return [bytes.fromhex(line.decode()).decode("utf-8", "replace") for line in begun]
 
 

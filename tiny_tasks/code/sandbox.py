@@ -1,8 +1,7 @@
 """The process that runs one program on all of its tests. judge.py starts this file as a script.
 
-Three walls: a list of what is allowed is held against its syntax tree; it gets few builtins, and of
-a module the public names; and when it runs, nothing of the operating system is left in the process.
-This contains the accidents of a model that learns to write; against an attacker, use a container.
+Three walls: what its syntax tree may hold; few builtins, and of a module what is public; nothing of
+the operating system. They contain a model's accidents; against an attacker, use a container.
 """
 
 import _ast as ast  # the nodes alone: all of `ast` takes as long as a Python to start
@@ -23,9 +22,9 @@ get_type_hints ForwardRef get_args evaluate_forward_ref TypedDict make_dataclass
 EnumMeta EnumType global_enum metaclass"""
 BUILTINS = "eval exec compile getattr setattr delattr globals locals vars dir breakpoint open"
 METHODS = """init str repr eq ne lt le gt ge hash len iter next getitem setitem delitem contains
-call add sub mul truediv floordiv mod pow neg abs bool int float index radd rsub rmul iadd isub imul
-and or xor enter exit post_init missing reversed lshift rshift invert name slots copy deepcopy"""
-UNDERSCORED = {"_", "__", *(f"__{name}__" for name in METHODS.split())}
+call add sub mul truediv floordiv mod pow matmul neg pos abs bool int float index round and or xor
+enter exit post_init missing reversed lshift rshift invert name slots copy deepcopy"""
+UNDERSCORED = {f"__{side}{name}__" for side in ("", "r", "i") for name in METHODS.split()}
 MODULES, REFUSED, BUILTINS = set(MODULES.split()), set(REFUSED.split()), set(BUILTINS.split())
 MOST = 2**22  # characters of output
 
@@ -42,11 +41,11 @@ def check(tree: ast.AST) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             need(not getattr(node, "level", 0))
             modules |= {getattr(node, "module", alias.name) for alias in node.names}
-        elif getattr(getattr(node, "func", None), "id", "") in ("open", "type"):
-            node.func.id += "()"  # what `run` gives in its place
+        elif getattr(getattr(node, "func", None), "id", "") == "open":
+            node.func.id = "open()"  # what `run` gives in its place
         elif isinstance(node, ast.Attribute) and node.attr == "format":
-            call = compile("Text(0)", "", "eval", ast.PyCF_ONLY_AST).body
-            call.func.id, call.args, node.value = "Text()", [node.value], call
+            text = getattr(node.value, "value", 0)  # {0.__class__} would look into what it shows
+            need(isinstance(text, str) and "._" not in text)
         elif isinstance(node, ast.AnnAssign):  # as a field of a dataclass, `match` would read it
             need("format" not in vars(node.target).values())
         elif isinstance(node, ast.MatchClass):
@@ -57,16 +56,17 @@ def check(tree: ast.AST) -> None:
             if not isinstance(node, ast.Constant):
                 names |= {part for part in parts if isinstance(part, str)}
     need(modules <= MODULES and not names & REFUSED)
-    need({name for name in names if name[0] == name[-1] == "_"} <= UNDERSCORED)
+    need({name for name in names if name[0] == name[-1] == "_"} <= UNDERSCORED | {"_", "__"})
     for name in modules | ({"_strptime"} if "datetime" in modules else set()):
         __import__(name)
+    if "dataclasses" in modules:
+        sys.modules["dataclasses"].Field.__setattr__ = set_field
 
 
-class Text:  # x in the program's `x.format`: no format may look into what it shows
-    def __init__(self, value):
-        self.format = value.format
-        text = getattr(self.format, "__self__", "._")  # str.format has none
-        need(not isinstance(text, str) or str.find(text, "._") < 0)  # {0.__class__}
+def set_field(field, name: str, value):  # dataclasses writes programs with the names of fields
+    plain = type(value) is str and value.isidentifier() and value[:2] != "__" and value != "format"
+    need(name != "name" or value is None or plain)
+    object.__setattr__(field, name, value)
 
 
 def public(name: str):
@@ -100,17 +100,17 @@ def run(code, given: str) -> bytes:
     files = {(0, "r"): sys.stdin, (0, "rb"): sys.stdin.buffer}
     modules = {name: public(name) for name in MODULES & sys.modules.keys()}
     allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
-    allowed |= {"exit": sys.exit, "quit": sys.exit, "Text()": Text}
+    allowed |= {"exit": sys.exit, "quit": sys.exit}
     allowed["open()"] = lambda file, mode="r", **_: files[file, mode]
-    allowed["type()"] = lambda value: type(value)
+    allowed["type"] = lambda value: need(not isinstance(value, type)) or type(value)
     allowed["__import__"] = lambda name, *_: modules.get(name)  # C code has no use for the answer
     main.__builtins__, sys.modules["__main__"] = allowed, main
     try:
         exec(code, vars(main))
     except SystemExit as end:
         need(end.code in (None, 0))
-    need(len(output.getvalue()) <= MOST)
-    return output.getvalue()
+    need(len(io.BytesIO.getvalue(output)) <= MOST)  # not its own, which a program can replace
+    return io.BytesIO.getvalue(output)
 
 
 def work(program: str, inputs: list[str], seconds: float, out) -> None:
@@ -128,7 +128,7 @@ def work(program: str, inputs: list[str], seconds: float, out) -> None:
         tree = compile(program, "program.py", "exec", ast.PyCF_ONLY_AST)
         check(tree)
         code = compile(tree, "program.py", "exec")
-        for name in {"os", "posix", "nt", "_imp"} & sys.modules.keys():
+        for name in {"os", "posix", "nt", "_imp", "_signal", "resource"} & sys.modules.keys():
             vars(sys.modules[name]).clear()
         sys.addaudithook(fence)
         for given in inputs:

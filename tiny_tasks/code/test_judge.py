@@ -39,6 +39,11 @@ HOSTILE = {
     "fence": "from dataclasses import dataclass as d, field\nx = field(default=1)\n@d\nclass A:\n"
     '    x: int = x\nx.name = \'x,__import__("os").remove(FOLDER + "/canary")\'\n'
     "@d(init=False, repr=False)\nclass B(A): pass\nB() == B()",
+    "fields": "from dataclasses import field\nx = field()\nx.name = '__class__'",
+    "type of type": "t = type(int)\nt('A', (), {})",
+    "type as a value": "t = type\nt('A', (), {})",
+    "output": "import sys\nclass A:\n    def __len__(self): return 0\n    hex = 'zz'\n"
+    "sys.stdout.buffer.getvalue = lambda: A()\nsys.stdout.write('8')",
     "reduce": "class A:\n    def __reduce_ex__(self, p): pass",
 }
 HOSTILE |= {
@@ -105,6 +110,10 @@ HONEST = {
     "print(datetime.date(2001, 3, 1), copy.copy(q), bisect.bisect(q, 2), random.random())",
     "star": "from math import *\nfrom typing import *\ndef f(x: List[int]) -> Any: pass\nprint(pi)",
     "abc": "from collections.abc import Iterable\nprint(isinstance([], Iterable))",
+    "operators": "class A:\n    def __matmul__(self, b): return b\n"
+    "    def __rtruediv__(self, b): return b\nprint(A() @ 2, 3 / A())",
+    "field": "from dataclasses import dataclass, field\n@dataclass\nclass P:\n"
+    "    x: list = field(default_factory=list)\nprint(P())",
     "enum": "from enum import Enum, auto\nclass C(Enum):\n    R = auto()\nprint(C.R, C['R'].value)",
     "decimal": "from decimal import *\ngetcontext().prec = 5\nprint(Decimal(1) / 3)",
     "format": "for _ in range(2): print('{:.2f}|{}'.format(1, 2), f'{1}')",
