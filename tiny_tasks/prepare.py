@@ -35,7 +35,8 @@ csv.field_size_limit(2**31 - 1)  # what is too long is for --max_chars to say
 def read_source(source: str, split: str) -> list[dict]:
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob(f"{split}*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [f for f in files if re.search(rf"(^|/){split}", f.relative_to(path).as_posix())]
         if not files:
             raise smepo.UserError(f"{source} has no file for the split {split}: see --split")
         return [row for file in files for row in read_source(str(file), split)]
@@ -56,7 +57,12 @@ def read_file(path: Path) -> list[dict]:
         return parquet.read_table(io.BytesIO(data)).to_pylist()
     text, exact = data.decode("utf-8-sig"), {"parse_int": str, "parse_float": str}
     if name.endswith(".jsonl"):
-        rows = [json.loads(line, **exact) for line in text.split("\n") if line.strip()]
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                rows += [json.loads(line, **exact)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {line[:50]}") from error
     elif name.endswith(".json"):
         rows = json.loads(text, **exact)
     elif name.endswith((".csv", ".tsv")):
@@ -73,7 +79,7 @@ def read_file(path: Path) -> list[dict]:
 
 def text_at(row: dict, column: str) -> str:
     """Of a.b, row["a"]["b"] as text; "" if it is not there."""
-    for name in column.split("."):
+    for name in [column] if column in row else column.split("."):
         row = row.get(name) if isinstance(row, dict) else None
     return as_text(row)
 
@@ -81,15 +87,16 @@ def text_at(row: dict, column: str) -> str:
 def as_text(value) -> str:
     """Chat messages and their parts become one text, of several solutions the first counts."""
     if isinstance(value, list):
-        if value and all(isinstance(part, str) for part in value):
-            return value[0]
-        return "\n\n".join(map(as_text, value))
+        if value and all(isinstance(part, str | int | float) for part in value):
+            return str(value[0])
+        turns = [x for x in value if not (isinstance(x, dict) and x.get("role") == "assistant")]
+        return "\n\n".join(map(as_text, turns or value))  # a question does not hold its answer
     if isinstance(value, dict):
         for key in "content", "text":
             if key in value:
                 return as_text(value[key])
         return json.dumps(value, ensure_ascii=False)
-    return "" if value is None else str(value).strip()
+    return "" if value is None or value != value else str(value).strip()  # nan is not itself
 
 
 def columns_of(rows: list[dict], named: dict[str, str]) -> dict[str, str]:
@@ -117,7 +124,8 @@ def columns_of(rows: list[dict], named: dict[str, str]) -> dict[str, str]:
 
 
 def to_official(row: dict, columns: dict[str, str]) -> dict:
-    question, trace, answer, difficulty = (text_at(row, columns.get(part, "")) for part in KNOWN)
+    texts = (text_at(row, columns[part]) if part in columns else "" for part in KNOWN)
+    question, trace, answer, difficulty = texts
     if not answer or re.search(r"\\boxed|####", answer):  # it is worked out
         answer = smepo.stated(answer or trace)
     truth = {"style": "rule", "ground_truth": answer}

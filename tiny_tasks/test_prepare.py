@@ -14,7 +14,8 @@ from tiny_tasks.fixtures import settings
 GSM8K = {"question": "Two and 70?", "answer": "Add: 2 + 70 = <<2+70=72>>72.\n#### 72"}
 MATH = {"problem": "Halve 1.", "level": "Level 3", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
 OPENR1 = {"problem": "Halve 1.", "solution": "So.", "answer": "0.5", "generations": ["No."]}
-TRL = {"prompt": [{"content": [{"text": "1 + 1?"}]}], "solution": "It is 2.", "ground_truth": "2"}
+TRL = {"prompt": [{"content": [{"text": "1 + 1?"}]}, {"role": "assistant", "content": "It is 2."}]}
+TRL |= {"solution": "It is 2.", "ground_truth": "2"}
 AIME = {"problem": "How many?", "answer": "204"}
 OFFICIAL = {"prompt": "Not this.", "reward_model": {"ground_truth": "7"}}
 OFFICIAL["extra_info"] = {"question": "Six and one?", "teacher_ds": "6 + 1 = 7"}
@@ -73,6 +74,9 @@ def test_columns_may_be_named_and_nested():
     source = write("mine.jsonl", json.dumps(row))
     flags = ["--columns", "question=a.q", "trace=why", "answer=n", "difficulty=hard"]
     assert prepared(source, *flags) == [("1 + 1?", "It is 2.", "2", "5")]
+    flat = write("flat.csv", "extra_info.question,answer\n1?,2")  # as a table writes nested ones
+    lists = write("lists.jsonl", '{"question": "1?", "answer": [2, 3], "level": NaN}')
+    assert prepared(flat) == prepared(lists) == [("1?", "", "2", None)]
 
 
 def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
@@ -90,6 +94,8 @@ REFUSED = [  # the content of a file, its name and the flags, and the message
     (None, "none.jsonl", "No such file"),
     ("", "empty.jsonl", "has no rows"),
     ('{"question": ', "torn.jsonl", "cannot be read"),
+    ('{"question": "1?"}\n{"question": ', "torn.jsonl", "line 2 is no JSON"),
+    (",question\n0,2 + 2?\n", "index.csv", "no answer"),
     ("[1]", "list.jsonl", "objects"),
     ('{"question": "x"}', "object.json", "objects"),
     ("question,answer\n1,2,3\n", "ragged.csv", "cells"),
@@ -148,9 +154,10 @@ def test_a_domain_in_parts():
 
 def test_every_shard_of_a_folder_is_read_and_none_overwritten():
     Path("own/data").mkdir(parents=True)
-    for shard in ("own/train-0.jsonl", "own/data/train-1.jsonl"):
+    Path("own/train").mkdir()
+    for shard in ("own/train-0.jsonl", "own/data/train-1.jsonl", "own/train/2.jsonl"):
         write(shard, json.dumps(AIME | {"problem": shard}))
-    assert len(prepared("own")) == 2
+    assert len(prepared("own")) == 3
     with pytest.raises(smepo.UserError, match="would be overwritten"):
         prepare.main(["own", "--out", "own/train-0.jsonl"])
 
