@@ -75,8 +75,9 @@ def test_columns_may_be_named_and_nested():
     flags = ["--columns", "question=a.q", "trace=why", "answer=n", "difficulty=hard"]
     assert prepared(source, *flags) == [("1 + 1?", "It is 2.", "2", "5")]
     flat = write("flat.csv", "extra_info.question,answer\n1?,2")  # as a table writes nested ones
-    lists = write("lists.jsonl", '{"question": "1?", "answer": [2, 3], "level": NaN}')
-    assert prepared(flat) == prepared(lists) == [("1?", "", "2", None)]
+    rows = [{"question": "1?", "answer": [2, 3], "level": float("nan")}]
+    datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
+    assert prepared(flat) == prepared("rows.parquet") == [("1?", "", "2", None)]
 
 
 def test_drop_leaves_out_what_is_faulty_and_counts_it(capsys):
