@@ -19,7 +19,7 @@ SYS = {"stdin", "stdout", "maxsize", "setrecursionlimit", "exit"}
 # What evaluates texts, uses attributes by their names, or makes classes of texts.
 REFUSED = """attrgetter methodcaller singledispatch singledispatchmethod Formatter format_map wraps
 get_type_hints ForwardRef get_args evaluate_forward_ref TypedDict make_dataclass update_wrapper
-EnumMeta EnumType global_enum metaclass"""
+EnumMeta EnumType global_enum metaclass _evaluate"""
 BUILTINS = "eval exec compile getattr setattr delattr globals locals vars dir breakpoint open"
 METHODS = """init str repr eq ne lt le gt ge hash len iter next getitem setitem delitem contains
 call add sub mul truediv floordiv mod pow matmul neg pos abs bool int float index round and or xor
@@ -44,12 +44,9 @@ def check(tree: ast.AST) -> None:
         elif getattr(getattr(node, "func", None), "id", "") == "open":
             node.func.id = "open()"  # what `run` gives in its place
         elif isinstance(node, ast.Attribute) and node.attr == "format":
-            text = getattr(node.value, "value", 0)  # {0.__class__} would look into what it shows
-            need(isinstance(text, str) and "._" not in text)
-        elif isinstance(node, ast.AnnAssign):  # as a field of a dataclass, `match` would read it
-            need("format" not in vars(node.target).values())
-        elif isinstance(node, ast.MatchClass):
-            need("format" not in node.kwd_attrs)
+            need("._" not in getattr(node.value, "value", "._"))  # only of a text; no {0.__class__}
+        elif isinstance(node, ast.MatchClass):  # it reads attributes, by position any
+            need("format" not in node.kwd_attrs and not node.patterns)
         for value in vars(node).values():
             parts = value if isinstance(value, list) else [value]
             nodes += [part for part in parts if isinstance(part, ast.AST)]
@@ -72,7 +69,8 @@ def set_field(field, name: str, value):  # dataclasses writes programs with the 
 def public(name: str):
     """What the program gets for a module: not what that has imported itself."""
     found = vars(sys.modules[name])
-    names = SYS if name == "sys" else set(found.get("__all__", found)) - REFUSED
+    names = set(found.get("__all__", found)) - REFUSED - {"Field", "Type", "get_origin"}
+    names = SYS if name == "sys" else names
     names = {each for each in names & found.keys() if not isinstance(found[each], type(sys))}
     same = {"__setattr__": lambda _, each, value: need(value is found[each]), "__delattr__": None}
     module = type("Module", (), same)()
@@ -102,8 +100,10 @@ def run(code, given: str) -> bytes:
     allowed = {k: v for k, v in vars(builtins).items() if k not in BUILTINS}
     allowed |= {"exit": sys.exit, "quit": sys.exit}
     allowed["open()"] = lambda file, mode="r", **_: files[file, mode]
-    allowed["type"] = lambda value: need(not isinstance(value, type)) or type(value)
-    allowed["__import__"] = lambda name, *_: modules.get(name)  # C code has no use for the answer
+    allowed["type"] = lambda x: (
+        need(not isinstance(x, type) and type(x).__name__ != "Field") or type(x)
+    )
+    allowed["__import__"] = lambda name, *etc: modules.get(name if etc[2] else name.split(".")[0])
     main.__builtins__, sys.modules["__main__"] = allowed, main
     try:
         exec(code, vars(main))

@@ -41,6 +41,11 @@ HOSTILE = {
     "@d(init=False, repr=False)\nclass B(A): pass\nB() == B()",
     "fields": "from dataclasses import field\nx = field()\nx.name = '__class__'",
     "type of type": "t = type(int)\nt('A', (), {})",
+    "Type": "from typing import Type\nclass M(Type): pass\nM('A', (), {})",
+    "positions": "from enum import Enum\nQ = Enum('Q', {'__match_args__': ('real',)}, type=int)\n"
+    "match 1:\n    case Q(x): x",
+    "forward": "import typing\nx = typing.List['1'].none\nx._evaluate({}, {}, frozenset())",
+    "Field": "from dataclasses import field\nF = type(field())\nF.name = property(id)",
     "type as a value": "t = type\nt('A', (), {})",
     "output": "import sys\nclass A:\n    def __len__(self): return 0\n    hex = 'zz'\n"
     "sys.stdout.buffer.getvalue = lambda: A()\nsys.stdout.write('8')",
@@ -110,6 +115,7 @@ HONEST = {
     "print(datetime.date(2001, 3, 1), copy.copy(q), bisect.bisect(q, 2), random.random())",
     "star": "from math import *\nfrom typing import *\ndef f(x: List[int]) -> Any: pass\nprint(pi)",
     "abc": "from collections.abc import Iterable\nprint(isinstance([], Iterable))",
+    "import a.b": "import collections\nimport collections.abc\nprint(collections.Counter('a'))",
     "operators": "class A:\n    def __matmul__(self, b): return b\n"
     "    def __rtruediv__(self, b): return b\nprint(A() @ 2, 3 / A())",
     "field": "from dataclasses import dataclass, field\n@dataclass\nclass P:\n"

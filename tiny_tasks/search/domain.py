@@ -17,7 +17,7 @@ THING = rf"(?:{NAME}|[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?)"
 LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|d[aei]|der|del|la|bin) )*"  # Ana de la Cruz
 OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z][.:)] )(?<![A-Z][rt]\. ))"  # a sentence; no J. Roe
 # Cities grow: no name, unless it is one elsewhere
-ALONE = rf"{OPENS}[^\W\d]\w++(?!['’-]| (?:is|was|were|has|had|came|died|won)\b|{LINK}{THING})"
+ALONE = rf"{OPENS}[^\W\d]\w++(?!['’-]| (?:is|was|were|has|had|won|[a-z]+ed)\b|{LINK}{THING})"
 
 # What matches first wins. Kept are masks, tags and labels; hidden are links, numbers and names.
 KEEP = rf"\[[A-Z]{{6}}\]|</?[a-z]+>|^\(?\d\d?[.)] |(?:{LABEL}|Thought|Action|Observation|Doc) \d+"

@@ -33,7 +33,7 @@ search | <search>a search</search> | <search>a [ANSWER]</search>
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
 | Rome is. Oslo was. Cork had. Riga has. | [ENTITY] is. [ENTITY] was. [ENTITY] had. [ENTITY] has.
-| Lyon came. Queen were. Bach died. | [ENTITY] came. [ENTITY] were. [ENTITY] died.
+| Up premiered. Queen were. Bach died. | [ENTITY] premiered. [ENTITY] were. [ENTITY] died.
 | Lazio won. Trees grow. | [ENTITY] won. Trees grow.
 | A) Rome\n(A) Oslo\nA: Bern | A) [ENTITY]\n(A) [ENTITY]\nA: [ENTITY]
 twelve | it is ten, not twelve | it is [ENTITY], not [ENTITY]
