@@ -8,10 +8,10 @@ from smepo import LABEL, OPTION, WORD, Domain, number_value, stated
 from tiny_tasks.search.dialogue import TOLD, converse
 
 # ---- What is hidden ----
-NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|There|This|That|These|Those|My|Our|His|Her|Its
-    |Their|Who|Which|What|When|Where|Why|How|Is|Are|Was|Were|Do|Does|Did|Has|Have|If|So|No|Not|Yes|And
-    |Or|But|For|In|On|At|By|To|Of|From|With|As|Since|Because|Before|After|Both|However|First|Next
-    |Now|Then|Thus|Hence|Therefore|Meanwhile|Finally|Title|Find|Search|Let|Look|Choices?)\b)"""
+NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|There|This|That|These|His|Her|Its|Their|Who|Which
+    |What|When|Where|Why|How|Is|Are|Was|Were|Do|Does|Did|Has|Have|If|So|No|Not|Yes|And|Or|But|For|In
+    |On|At|By|To|Of|From|With|As|Since|Because|Before|After|Both|However|First|Next|Now|Then|Thus
+    |Therefore|Meanwhile|Final|Answer|Action|Title|Find|Search|Let|Choices?)\b)"""
 NAME = rf"(?<![\w\]])(?![a-zß-öø-ÿ\d_]|{NO_NAME})\w++(?:['’-](?!s\b)\w+)*+"  # O'Neil, 北京
 THING = rf"(?:{NAME}|[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?)"
 LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|d[aei]|der|del|la|bin) )*"  # Ana de la Cruz
