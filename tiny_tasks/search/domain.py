@@ -13,7 +13,7 @@ NO_NAME = r"""(?x: (?:An?|The|I|We|He|She|It|They|There|This|That|These|His|Her|
     |On|At|By|To|Of|From|With|As|Since|Because|Before|After|Both|However|First|Next|Now|Then|Thus
     |Therefore|Meanwhile|Final|Answer|Action|Title|Find|Search|Let|Choices?)\b)"""
 NAME = rf"(?<![\w\]])(?![a-zß-öø-ÿ\d_]|{NO_NAME})\w++(?:['’-](?!s\b)\w+)*+"  # O'Neil, 北京
-THING = rf"(?:{NAME}|[$€£¥]?\d+(?:[.,:/–−-]\d+)*%?)"
+THING = rf"(?:{NAME}|[$€£¥]?(?<!\w)\d+(?:[.,:/–−-]\d+)*%?)"
 LINK = r"[ \xa0](?:(?:v[ao]n|und|zu|d[aei]|der|del|la|bin) )*"  # Ana de la Cruz
 OPENS = r"(?:^|(?<=>)|(?<=[.?!:)] )(?<![A-Z][.:)] )(?<![A-Z][rt]\. ))"  # a sentence; no J. Roe
 # Cities grow: no name, unless it is one elsewhere

@@ -28,7 +28,7 @@ CASES = r"""
 | twenty-one, a sixth, thousands, one hundred | [ENTITY], a [ENTITY], [ENTITY], [ENTITY]
 | third, fifth, ninth, twelfth, hundredths | [ENTITY], [ENTITY], [ENTITY], [ENTITY], [ENTITY]
 | is it? Trees! Trees: Trees (so) Trees | is it? Trees! Trees: Trees (so) Trees
-| a 3D film élan, Ada Roe | a [ENTITY]D film élan, [ENTITY]
+| U2 left. A 3D film élan, Ada Roe | U2 left. A [ENTITY]D film élan, [ENTITY]
 search | <search>a search</search> | <search>a [ANSWER]</search>
 | $4.5 million, 12% of forty-two | [ENTITY] [ENTITY], [ENTITY] of [ENTITY]
 | Cities like Cork. Cork grows. | Cities like [ENTITY]. [ENTITY] grows.
