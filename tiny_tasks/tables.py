@@ -11,7 +11,7 @@ that give the answer away. `hint` is log π(o | guide) − log π(o) of right gu
 EQUAL = """
 At equal seconds: each arm's accuracy at the last evaluation before GRPO (same seed) has used all
 of its seconds. `faster` is how many times fewer seconds than GRPO's it took to reach GRPO's own
-final mean, seed by seed; `-` where it never did.
+final mean, seed by seed; `-` where it never did, which the median leaves out.
 """
 
 

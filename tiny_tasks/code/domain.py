@@ -1,4 +1,4 @@
-"""The domain code: what the verifier reads is the last program, so the mask hides all programs.
+"""The domain code: the verifier reads the last closed block, so the mask hides all programs.
 
 The plan is the prose between them, with names and costs, but not what computes: `dp[i-1] + 1`.
 """
@@ -62,8 +62,8 @@ def code_leaks(masked: str, answer: str) -> bool:
             fence = "" if fence else mark[1]
         elif fence and line.replace("[CODE]", "").strip("> \t\r"):
             return True
-        elif not fence and not re.search(r"\[CODE\]|\\[A-Za-z]{2}", line):  # hidden, or a formula
-            outside.append(line.rstrip())
+        elif not fence and not re.search(r"\\[A-Za-z]{2}", line):  # a formula
+            outside.append(re.sub(r"`*\[CODE\]`*", "", line).rstrip())
     for inline in re.findall(r"`+([^`]+)`", "\n".join(outside)):
         harmless = re.fullmatch(r" ?[OoΘΩT]\(.*\) ?|[\w.]+\(\)|[a-z]+(?:-[a-z]+)+", inline)
         if not harmless and re.search(
@@ -79,7 +79,7 @@ PROGRAM = re.compile(r"^[ \t]*```.*\n([\s\S]*?)^[ \t]*```", re.MULTILINE)
 
 
 def code_rewards(completions: list[str], tests: list[str]) -> list[float]:
-    """1.0 where the last fenced block passes its tests. All are judged at once, in parallel."""
+    """1.0 where the last closed ``` block passes its tests. All are judged at once, in parallel."""
     try:
         list(map(judge.cases, set(tests)))
     except ValueError as error:

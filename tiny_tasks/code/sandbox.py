@@ -1,7 +1,7 @@
 """The process that runs one program on all of its tests. judge.py starts this file as a script.
 
-Three walls: what its syntax tree may hold; few builtins, and of a module what is public; nothing of
-the operating system. They contain a model's accidents; against an attacker, use a container.
+Three walls: what its syntax tree may hold; fewer builtins, of a module what is public; nothing of the
+operating system. They contain a model's accidents; against an attacker, use a container.
 """
 
 import _ast as ast  # the nodes alone: all of `ast` takes as long as a Python to start
@@ -26,7 +26,7 @@ call add sub mul truediv floordiv mod pow matmul neg pos abs bool int float inde
 enter exit post_init missing reversed lshift rshift invert name slots copy deepcopy"""
 UNDERSCORED = {f"__{side}{name}__" for side in ("", "r", "i") for name in METHODS.split()}
 MODULES, REFUSED, BUILTINS = set(MODULES.split()), set(REFUSED.split()), set(BUILTINS.split())
-MOST = 2**22  # characters of output
+MOST = 2**22  # bytes of output
 
 
 def need(allowed: bool) -> None:
@@ -35,7 +35,7 @@ def need(allowed: bool) -> None:
 
 
 def check(tree: ast.AST) -> None:
-    """ValueError: it uses what is not allowed. Its modules are loaded: later none can be."""
+    """ValueError if it uses what is not allowed; else loads its modules, as later none can be."""
     nodes, names, modules = [tree], set(), {"heapq"}  # which Counter.most_common loads when called
     for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -45,7 +45,7 @@ def check(tree: ast.AST) -> None:
             node.func.id = "open()"  # what `run` gives in its place
         elif isinstance(node, ast.Attribute) and node.attr == "format":
             need("._" not in getattr(node.value, "value", "._"))  # only of a text; no {0.__class__}
-        elif isinstance(node, ast.MatchClass):  # it reads attributes, by position any
+        elif isinstance(node, ast.MatchClass):  # it reads attributes; by position, any
             need("format" not in node.kwd_attrs and not node.patterns)
         for value in vars(node).values():
             parts = value if isinstance(value, list) else [value]
@@ -67,7 +67,7 @@ def set_field(field, name: str, value):  # dataclasses writes programs with the 
 
 
 def public(name: str):
-    """What the program gets for a module: not what that has imported itself."""
+    """A module as the program sees it: without the modules that it has imported."""
     found = vars(sys.modules[name])
     names = set(found.get("__all__", found)) - REFUSED - {"Field", "Type", "get_origin"}
     names = SYS if name == "sys" else names

@@ -66,7 +66,7 @@ def test_without_a_fence_a_program_is_hidden_and_a_formula_is_not(text):
 
 
 def test_leaks():
-    for text in "~~~\nx\n[CODE]", "so `a[i] + 1` it is", "x = input()", "for i in range(3):":
+    for text in "~~~\nx\n[CODE]", "`[CODE]`, `a[i] + 1`", "x = input()", "for i in range(3):":
         assert smepo.leaks(text, "{}", "code"), text
     for text in "`[CODE]` in `O(n)`, by `str.join()`", "So we are done (see above).":
         assert not smepo.leaks(text, "{}", "code"), text

@@ -44,7 +44,7 @@ def unkept(trace: str, pattern: str) -> list[re.Match]:
 
 
 def spans(trace: str, answer: str) -> list[tuple]:
-    """The answer, names and numbers; and those names again, opening a sentence or in a query."""
+    """The answer, names and numbers; and those names wherever else they stand."""
     given = {answer, concluded(trace)}
     patterns = [answer_pattern(text) for text in given if re.fullmatch(r"[^\[]+", text)]
     answers = unkept(trace, "|".join(patterns))
@@ -68,7 +68,7 @@ def plain_words(text: str) -> list[str]:
     """What is compared: a number's value, else words, without case, articles and punctuation."""
     value = number_value(text)
     words = re.findall(r"\w+", text.lower()) if value is None else [str(value)]
-    return [word for word in words if word not in ("a", "an", "the")] or [text.lower()]
+    return [word for word in words if word not in ("a", "an", "the")] or [text.lower().strip(" ()")]
 
 
 def rewards(texts: list[str], truths: list[str]) -> list[float]:
@@ -78,7 +78,7 @@ def rewards(texts: list[str], truths: list[str]) -> list[float]:
 
 
 def leaks(masked: str, answer: str) -> bool:
-    """Would the verifier accept what stands anywhere? It shares nothing with the mask's rules."""
+    """Could the answer be read anywhere? It shares NUMERAL and plain_words with the mask."""
     text = re.sub(r"\[(?:ENTITY|ANSWER)\]", " _ ", masked)
     wanted, value = " ".join(plain_words(answer)), number_value(answer)
     if wanted in ("yes", "no"):  # "no such film" is no verdict

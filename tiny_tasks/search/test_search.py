@@ -108,9 +108,10 @@ def test_the_leak_check_cries_where_the_answer_can_be_read(text, answer, cries):
 def test_the_reward_is_an_exact_match_of_what_is_stated_last():
     right = [("<answer> the trieste. </answer>", "Trieste"), ("<answer>1,250</answer>", "1250")]
     right += [("<answer>J. K. Roe</answer>", "J. K. Roe"), ("Action 2: Finish[Oslo]", "Oslo")]
+    right += [("<answer>(A)</answer>", "A")]
     wrong = [("<answer>-5</answer>", "5"), ("<answer>50</answer>", "50 Cent")]
     wrong += [("<answer>Trieste, Italy</answer>", "Trieste"), ("<answer></answer>", "")]
-    assert domain.rewards(*zip(*right)) == [1.0] * 4
+    assert domain.rewards(*zip(*right)) == [1.0] * 5
     assert domain.rewards(*zip(*wrong)) == [0.0] * 4
 
 
