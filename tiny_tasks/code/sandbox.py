@@ -1,7 +1,7 @@
 """The process that runs one program on all of its tests. judge.py starts this file as a script.
 
-Three walls: what its syntax tree may hold; fewer builtins, of a module what is public; nothing of the
-operating system. They contain a model's accidents; against an attacker, use a container.
+Three walls: what its syntax tree may hold; fewer builtins, of a module what is public; nothing of
+the operating system. They contain a model's accidents; against an attacker, use a container.
 """
 
 import _ast as ast  # the nodes alone: all of `ast` takes as long as a Python to start
