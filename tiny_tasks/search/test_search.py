@@ -21,6 +21,7 @@ def mask(text: str, answer: str = "") -> str:
 
 
 CASES = r"""
+| Hija del Sol, Ali bin Roe, Ana da Cruz | [ENTITY], [ENTITY], [ENTITY]
 | by J. Smith and Dr. Roe on 9 March 1742 | by [ENTITY]. [ENTITY] and [ENTITY]. [ENTITY] on [ENTITY]
 | Ludwig van Beethoven's, Lee Yun-ho's, Ana de la Cruz | [ENTITY]'s, [ENTITY]'s, [ENTITY]
 | by O'Neil, O’Dowd. Yun-ho won. May 1742 came | by [ENTITY], [ENTITY]. [ENTITY] won. [ENTITY] came
