@@ -36,7 +36,7 @@ def read_source(source: str, split: str) -> list[dict]:
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [f for f in files if re.search(rf"(^|/){split}", f.relative_to(path).as_posix())]
+        files = [f for f in files if any(p.startswith(split) for p in f.relative_to(path).parts)]
         if not files:
             raise smepo.UserError(f"{source} has no file for the split {split}: see --split")
         return [row for file in files for row in read_source(str(file), split)]

@@ -87,8 +87,6 @@ def test_the_traces_of_the_toy_replay_and_mask_without_a_leak():
         ("it is an office", "The Office", True),
         ("it has 1,250.0 rooms", "1250", True),
         ("it has sixteen", "16", True),
-        ("it has one", "1", True),
-        ("it has one", "2", False),
         ("No, the harbour is older.", "no", True),
         ("Yes the harbour is", "Yes", True),
         ("so the answer is no as both are", "no", True),
@@ -103,7 +101,12 @@ def test_the_traces_of_the_toy_replay_and_mask_without_a_leak():
 )
 def test_the_leak_check_cries_where_the_answer_can_be_read(text, answer, cries):
     assert domain.leaks(text, answer) == cries
-    assert answer == "1" or not domain.leaks(mask(text, answer), answer)
+    assert not domain.leaks(mask(text, answer), answer)
+
+
+def test_one_in_words_is_not_hidden_but_leaks_where_it_is_the_answer():
+    assert mask("it has one", "1") == "it has one"
+    assert domain.leaks("it has one", "1") and not domain.leaks("it has one", "2")
 
 
 def test_the_reward_is_an_exact_match_of_what_is_stated_last():
